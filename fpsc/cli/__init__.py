@@ -1,0 +1,37 @@
+"""The command `fpsc`. One file a command; torch is imported inside a command, never up here."""
+
+from typing import Annotated
+
+import typer
+
+from fpsc.cli.errors import reports_errors
+from fpsc.cli.inspect import inspect
+from fpsc.cli.version import installed, version
+
+app = typer.Typer(
+    name="fpsc",
+    help="Sparse FP8 attention for video diffusion transformers, as a torch.compile backend.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (inspect, version):
+    app.command()(reports_errors(command))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fpsc {installed()['fpsc'] or '(not installed)'}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass

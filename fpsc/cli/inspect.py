@@ -1,0 +1,143 @@
+"""`fpsc inspect`: every attention of a model, and what the backend would do with it."""
+
+import json as jsonlib
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fpsc.cli.errors import NOTHING_FOUND, UserError
+
+if TYPE_CHECKING:
+    from fpsc.cli.capture import Capture
+    from fpsc.cli.model import ModelSpec
+    from fpsc.grid import TokenGrid
+    from fpsc.report import Site
+
+DEFAULT_GRID = (21, 30, 52)  # 81 frames of 480 x 832 with Wan's VAE and patches
+
+
+class Dtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder with config.json, a class name of diffusers, or a hub id (owner/name)."
+        ),
+    ],
+    config: Annotated[
+        str | None,
+        typer.Option(help="With a class name: a JSON file or inline JSON; else its defaults."),
+    ] = None,
+    policy: Annotated[str, typer.Option(help="Name or file of the policy to judge by.")] = "generic",
+    grid: Annotated[str | None, typer.Option(help="Token grid T,Y,X.", metavar="T,Y,X")] = None,
+    frames: Annotated[int | None, typer.Option(help="Video frames, with height and width.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    text_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and latents.")] = Dtype.bfloat16,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", help="An argument of forward: NAME=SHAPE[:DTYPE] or NAME=NUMBER. Repeatable."
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="One row for each site.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the attentions of MODEL: role, shape, grid, and whether each is replaced, and why.
+
+    The model is built without memory for its weights and runs on shapes alone. Exit status: 0
+    where something is replaced, 1 where nothing is, 2 for input that cannot be used.
+    """
+    from fpsc.cli.capture import capture
+    from fpsc.cli.inputs import example_inputs, parse_input
+    from fpsc.cli.model import build, find_model
+    from fpsc.cli.table import Inspection, as_json, show
+
+    spec = find_model(model, config)
+    tokens = _grid(spec, grid, frames, height, width)
+    torch_dtype = _torch_dtype(dtype)
+    built = build(spec, torch_dtype)
+    inputs = example_inputs(
+        built,
+        grid=tokens,
+        batch=batch,
+        text_tokens=text_tokens,
+        dtype=torch_dtype,
+        given=dict(parse_input(text) for text in input or ()),
+    )
+    captured = capture(built, inputs)
+    if not captured.graphs:
+        raise UserError(
+            f"{spec.class_name} did not run on the example inputs ({captured.problem}); "
+            "set its arguments with --input NAME=SHAPE[:DTYPE]"
+        )
+    found = Inspection(
+        class_name=spec.class_name,
+        origin=spec.origin,
+        policy=policy,
+        dtype=dtype.value,
+        grid=tuple(tokens),
+        graphs=len(captured.graphs),
+        breaks=dict(captured.breaks),
+        problem=captured.problem,
+        sites=_analyse(captured, policy),
+    )
+    if json:
+        typer.echo(jsonlib.dumps(as_json(found)))
+    else:
+        show(found, every=every)
+    if not found.replaced:
+        raise typer.Exit(NOTHING_FOUND)
+
+
+def _torch_dtype(dtype: Dtype) -> Any:
+    import torch
+
+    return getattr(torch, dtype.value)
+
+
+def _grid(
+    spec: "ModelSpec",
+    grid: str | None,
+    frames: int | None,
+    height: int | None,
+    width: int | None,
+) -> "TokenGrid":
+    """The token grid that the options ask for."""
+    from fpsc.cli.inputs import grid_of_video
+    from fpsc.grid import TokenGrid
+
+    sizes = {"--frames": frames, "--height": height, "--width": width}
+    missing = [name for name, value in sizes.items() if value is None]
+    if grid is not None:
+        if len(missing) < len(sizes):
+            raise UserError("--grid and --frames, --height, --width exclude each other")
+        parts = grid.split(",")
+        if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) for part in parts):
+            raise UserError(f"--grid {grid}: expected three positive integers T,Y,X, as 21,30,52")
+        return TokenGrid(*map(int, parts))
+    if len(missing) == len(sizes):
+        return TokenGrid(*DEFAULT_GRID)
+    if missing:
+        raise UserError(f"{', '.join(missing)} missing: a clip has frames, height and width")
+    assert frames is not None and height is not None and width is not None
+    return grid_of_video(spec.class_name, spec.config, frames=frames, height=height, width=width)
+
+
+def _analyse(captured: "Capture", policy: str) -> "list[tuple[int, Site]]":
+    """(graph, site) for every attention, in the order of the graphs."""
+    from fpsc.passes.manager import analyse
+
+    return [
+        (number, site)
+        for number, gm in enumerate(captured.graphs)
+        for site in analyse(gm, {"policy": policy}).sites
+    ]
