@@ -1,0 +1,99 @@
+"""The demo's model: diffusers' own Wan transformer, small, over a fixed linear codec.
+
+The model predicts the clean latent ("sample" prediction). A small network learns flat colours and
+sharp edges far sooner that way than when it must also carry the noise through to its output
+(Li and He, "Back to Basics: Let Denoising Generative Models Denoise", arXiv 2511.13720). UniPC
+takes such predictions as they are.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+
+import torch
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+
+from fpsc.demo.clips import FRAMES, HEIGHT, TEXT_DIM, WIDTH
+
+PATCH = (2, 4, 4)
+GRID = (FRAMES // PATCH[0], HEIGHT // PATCH[1], WIDTH // PATCH[2])  # 8 x 16 x 16 = 2,048 tokens
+TRAIN_TIMESTEPS = 1000
+FLOW_SHIFT = 3.0
+
+# Mean and standard deviation of the clips' RGB in [-1, 1], all channels together.
+CODEC_MEAN, CODEC_STD = -0.16, 0.33
+
+
+def encode_clip(rgb: torch.Tensor) -> torch.Tensor:
+    """RGB in [-1, 1] to latents of mean 0 and standard deviation 1; any shape."""
+    return (rgb - CODEC_MEAN) / CODEC_STD
+
+
+def decode_clip(latent: torch.Tensor) -> torch.Tensor:
+    """Latents to RGB in [-1, 1], clamped; any shape."""
+    return (latent * CODEC_STD + CODEC_MEAN).clamp(-1, 1)
+
+
+def build_model(
+    *, heads: int = 3, head_dim: int = 64, layers: int = 6, ffn_dim: int = 512
+) -> WanTransformer3DModel:
+    """A Wan transformer with fresh weights; the defaults are the shipped one (3.3 M parameters).
+
+    The output layer starts at zero, so that the first prediction is the mean clip.
+    """
+    model = WanTransformer3DModel(
+        patch_size=PATCH,
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=3,
+        out_channels=3,
+        text_dim=TEXT_DIM,
+        freq_dim=256,
+        ffn_dim=ffn_dim,
+        num_layers=layers,
+        rope_max_seq_len=64,
+    )
+    torch.nn.init.zeros_(model.proj_out.weight)
+    torch.nn.init.zeros_(model.proj_out.bias)
+    return model
+
+
+def shipped_weights() -> Path:
+    """The folder of the weights that come with the package."""
+    return Path(str(importlib.resources.files("fpsc.demo"))) / "weights"
+
+
+def load_model(
+    folder: Path | None = None, dtype: torch.dtype = torch.float32
+) -> WanTransformer3DModel:
+    """Load a diffusers folder (default: the shipped weights) for inference, on CPU.
+
+    Raises:
+        FileNotFoundError: the folder has no `config.json`.
+    """
+    folder = folder or shipped_weights()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no config.json in {folder}; expected a diffusers folder. "
+            "Train one with `python -m fpsc.demo.train --out DIR`"
+        )
+    model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    return model.eval().requires_grad_(False)
+
+
+def save_model(model: WanTransformer3DModel, folder: Path) -> None:
+    """Write a diffusers folder, weights in bfloat16 safetensors."""
+    stored = type(model).from_config(model.config)
+    stored.load_state_dict(model.state_dict())
+    stored.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
+
+
+def build_scheduler() -> UniPCMultistepScheduler:
+    """The sampler: UniPC on flow sigmas, which takes sample predictions."""
+    return UniPCMultistepScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS,
+        prediction_type="sample",
+        use_flow_sigmas=True,
+        flow_shift=FLOW_SHIFT,
+    )
