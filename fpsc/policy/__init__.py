@@ -1,0 +1,22 @@
+"""The policy: which attention runs how, as a file that people read, and as tensors for kernels.
+
+`find` or `Policy.load` gives a policy; `resolve` makes its table for a model, `plan` its lists for
+the tiles of a sequence. The functions have the names of nothing else here, but of the submodule
+`resolve`: import from that with `from fpsc.policy.resolve import ...`.
+"""
+
+from .errors import PolicyError
+from .load import Policy, find, presets
+from .resolve import Plan, Table, plan, resolve, row_index
+
+__all__ = [
+    "Plan",
+    "Policy",
+    "PolicyError",
+    "Table",
+    "find",
+    "plan",
+    "presets",
+    "resolve",
+    "row_index",
+]

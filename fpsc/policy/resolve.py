@@ -1,0 +1,274 @@
+"""A policy against a model and a grid: the table and the plan that the kernels read.
+
+The table says which mode each (layer, noise row, head) has; the plan says what each pattern means
+on a grid. Their shapes depend on capacities, never on a policy's numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from ..grid import BLOCK, Layout, TileShape, from_numpy, layout
+from .load import Policy
+from .patterns import Pattern, lists, pattern_of
+from .schema import MODES, ROWS, NoiseRange, Span, edges
+
+PATTERNS = MODES
+"""Rows of a plan's list pointers: at most one pattern a mode."""
+
+TOLERANCE = 1e-6
+"""How far above an edge a level still counts as on it: float32 and timesteps / 1000 are inexact."""
+
+NOMINAL_GRID = (21, 45, 80)
+"""Where nothing names a grid, rows are compared by their keep on this one (Wan2.1 at 720p)."""
+
+DTYPES = {"bf16": 0, "fp8": 1}
+
+
+def row_index(noise: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """int32 [B]: the row of each noise level [B] in [0, 1], given the `edges` [ROWS] of a table."""
+    # Clamped, so that an edge of -1, which is padding, never counts.
+    level = noise.float().clamp_min(0).unsqueeze(-1)
+    return (level <= edges + TOLERANCE).sum(-1, dtype=torch.int32)
+
+
+class Cell(NamedTuple):
+    """What one head of one layer does in one row, and the line of the policy that says so."""
+
+    mode: str
+    noise: NoiseRange
+    rule: str
+    """Place of the winning phase or rule: "wan.yaml:12 except[0]"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A policy for a model of `layers` layers and `heads` heads; tensors live on the CPU.
+
+    Attributes:
+        edges: float32 [ROWS], descending noise levels between rows, then -1. The row of a level
+            is the number of edges that it does not exceed (`row_index`); row 0 is the noisiest.
+        cells: int32 [layers, ROWS, heads], an index into `modes`. Padding rows repeat the last.
+        modes: int32 [MODES, 2], columns pattern (the plan's numbering) and dtype (0: computed in
+            the input's dtype, 1: FP8). Padding is zero.
+        n_rows: rows that are real.
+        noise_ranges: noise of every real row.
+        densest: the real row with the highest mean keep; of equal ones that with least FP8, then
+            the noisiest. Means are taken on the policy's own grid, or a nominal one.
+        mode_names: name of every real mode.
+        winners: int16 [layers, n_rows, heads]: the phase that won, or after them the rule.
+    """
+
+    policy: Policy
+    edges: torch.Tensor
+    cells: torch.Tensor
+    modes: torch.Tensor
+    n_rows: int
+    noise_ranges: list[NoiseRange]
+    densest: int
+    mode_names: list[str]
+    winners: np.ndarray = field(repr=False)
+
+    def row_of(self, noise: float) -> int:
+        """The row of a noise level.
+
+        Raises:
+            ValueError: the level is not between 0 (clean) and 1 (pure noise).
+        """
+        if not -1e-3 <= noise <= 1 + 1e-3:
+            raise ValueError(f"noise lies between 0 (clean) and 1 (pure noise); found {noise}")
+        return int(np.sum(np.float32(max(noise, 0.0)) <= self.edges.numpy() + TOLERANCE))
+
+    def structure_key(self) -> str:
+        """A hash of what compiled code depends on: tile, block, kinds of dtype; never a number."""
+        kinds = sorted({int(d) for d in self.modes[: len(self.mode_names), 1]})
+        return structure_key(self.policy.tile, kinds)
+
+    def describe(self, row: int, layer: int, head: int) -> Cell:
+        """The mode of a cell and the phase or rule that won it.
+
+        Raises:
+            IndexError: there is no such row, layer or head.
+        """
+        index = {"row": row, "layer": layer, "head": head}
+        sizes = (self.n_rows, self.cells.shape[0], self.cells.shape[2])
+        for (name, found), n in zip(index.items(), sizes, strict=True):
+            if not 0 <= found < n:
+                raise IndexError(f"no {name} {found}: the table has {n} (0..{n - 1})")
+        winner = int(self.winners[layer, row, head])
+        phases = len(self.policy.schedule)
+        place = ("schedule", winner) if winner < phases else ("except", winner - phases)
+        name = self.mode_names[int(self.cells[layer, row, head])]
+        return Cell(name, self.noise_ranges[row], self.policy.where(place))
+
+    def keep(self, plan: Plan) -> list[float]:
+        """Mean keep of every real row on a plan's grid, over layers and heads."""
+        return _row_means(self.cells[:, : self.n_rows].numpy(), plan.keep.numpy())
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A policy's patterns on the tiles of one sequence; tensors live on the CPU.
+
+    Attributes:
+        layout: the tiles.
+        gather, valid: those of the layout.
+        list_ptr: int32 [PATTERNS, n_tiles + 1], offsets into `list_idx`: in pattern p query tile u
+            sees list_idx[list_ptr[p, u]:list_ptr[p, u + 1]]. Padding repeats the last pattern.
+        list_idx: int32 [nnz], key tiles, ascending in each list.
+        keep: float32 [MODES], the fraction of the video key tiles that a video query tile sees,
+            on average. Padding is zero.
+    """
+
+    layout: Layout
+    gather: torch.Tensor
+    valid: torch.Tensor
+    list_ptr: torch.Tensor
+    list_idx: torch.Tensor
+    keep: torch.Tensor
+
+
+def structure_key(tile: TileShape | Literal["auto"], dtypes: Sequence[int]) -> str:
+    """The hash behind `Table.structure_key`."""
+    shape = tile if isinstance(tile, str) else tuple(tile)
+    text = f"fpsc 1; block {BLOCK}; tile {shape}; dtypes {sorted(dtypes)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def resolve(policy: Policy, *, layers: int, heads: int, fp8: bool) -> Table:
+    """The table of a policy for a model.
+
+    Args:
+        layers, heads: of the model, counted over all ranks.
+        fp8: whether FP8 cells may run as such; if not they run in the input's dtype.
+
+    Raises:
+        PolicyError: a rule names a layer or head that the model does not have.
+    """
+    names = list(policy.modes)
+    patterns = _patterns(policy)
+    modes = np.zeros((MODES, 2), np.int32)
+    for i, mode in enumerate(policy.modes.values()):
+        modes[i] = patterns.index(pattern_of(mode)), DTYPES[mode.dtype] if fp8 else 0
+
+    levels = edges(policy.spec)
+    bounds = [1.0, *levels, 0.0]
+    ranges = [NoiseRange(hi, lo) for hi, lo in pairwise(bounds)]
+    padded_edges = np.full(ROWS, -1, np.float32)
+    padded_edges[: len(levels)] = levels
+
+    winners = np.zeros((layers, len(ranges), heads), np.int16)
+    for i, phase in enumerate(policy.schedule):
+        winners[:, _rows(ranges, phase.noise), :] = i
+    for i, rule in enumerate(policy.rules):
+        at = _members(policy, i, rule.layers, "layers", layers)
+        who = _members(policy, i, rule.heads, "heads", heads)
+        winners[np.ix_(at, _rows(ranges, rule.noise), who)] = len(policy.schedule) + i
+    used = [p.use for p in policy.schedule] + [r.use for r in policy.rules]
+    cells = np.array([names.index(name) for name in used], np.int32)[winners]
+    padding = np.repeat(cells[:, -1:], ROWS - len(ranges), axis=1)
+    return Table(
+        policy=policy,
+        edges=from_numpy(padded_edges),
+        cells=from_numpy(np.concatenate([cells, padding], axis=1)),
+        modes=from_numpy(modes),
+        n_rows=len(ranges),
+        noise_ranges=ranges,
+        densest=_densest(policy, cells, modes[:, 1]),
+        mode_names=names,
+        winners=winners,
+    )
+
+
+def plan(policy: Policy, layout: Layout) -> Plan:
+    """The lists of a policy's patterns on the tiles of a sequence.
+
+    A mode's pattern has the number that `Table.modes` gives it. `limits.min_tokens` is the
+    caller's to apply: a plan of a short sequence is an ordinary plan.
+
+    Raises:
+        ValueError: the sequence is so long that the lists overflow int32 offsets.
+    """
+    pairs = [lists(pattern, layout) for pattern in _patterns(policy)]
+    lengths = [len(idx) for _, idx in pairs]
+    if sum(lengths) > np.iinfo(np.int32).max:
+        raise ValueError(f"the lists hold {sum(lengths)} entries, more than int32 offsets count")
+    starts = np.cumsum([0, *lengths])
+    ptr = np.stack([p.numpy() + np.int32(s) for (p, _), s in zip(pairs, starts, strict=False)])
+    padding = np.repeat(ptr[-1:], PATTERNS - len(ptr), axis=0)
+    return Plan(
+        layout=layout,
+        gather=layout.gather,
+        valid=layout.valid,
+        list_ptr=from_numpy(np.concatenate([ptr, padding])),
+        list_idx=from_numpy(np.concatenate([idx.numpy() for _, idx in pairs])),
+        keep=from_numpy(_keep(policy, layout, [p.numpy() for p, _ in pairs])),
+    )
+
+
+def _patterns(policy: Policy) -> list[Pattern]:
+    """The distinct patterns of a policy's modes, in order."""
+    return list(dict.fromkeys(map(pattern_of, policy.modes.values())))
+
+
+def _keep(policy: Policy, layout: Layout, pointers: Sequence[np.ndarray]) -> np.ndarray:
+    """float32 [MODES]: mean fraction of the video key tiles in the lists of video query tiles."""
+    video = layout.video_tiles
+    text = layout.n_tiles - len(video)
+    patterns = _patterns(policy)
+    keep = np.zeros(MODES, np.float32)
+    for i, mode in enumerate(policy.modes.values()):
+        ptr = pointers[patterns.index(pattern_of(mode))].astype(np.int64)
+        entries = ptr[video.stop] - ptr[video.start]
+        keep[i] = (entries / len(video) - text) / len(video)
+    return keep
+
+
+def _densest(policy: Policy, cells: np.ndarray, dtypes: np.ndarray) -> int:
+    """See `Table.densest`; cells [layers, rows, heads], dtypes [MODES]."""
+    grid = policy.tuned_on.grid or NOMINAL_GRID
+    nominal = layout(grid, policy.tile_for(grid))
+    keep = _keep(policy, nominal, [lists(p, nominal)[0].numpy() for p in _patterns(policy)])
+    order = list(zip(_row_means(cells, keep), _row_means(cells, -dtypes), strict=True))
+    return order.index(max(order))
+
+
+def _row_means(cells: np.ndarray, values: np.ndarray) -> list[float]:
+    """Mean over layers and heads of a value per mode: cells [layers, rows, heads] -> [rows]."""
+    # Rounded, because equal mixtures must compare equal whatever the order of summation, and
+    # because float32 knows no more of a keep.
+    return [round(float(m), 6) for m in values.astype(np.float64)[cells].mean(axis=(0, 2))]
+
+
+def _rows(ranges: Sequence[NoiseRange], noise: NoiseRange | None) -> list[int]:
+    """The rows inside a range of noise; None is all of it. Rows never straddle a range's ends."""
+    if noise is None:
+        return list(range(len(ranges)))
+    return [i for i, row in enumerate(ranges) if noise.hi >= row.hi and row.lo >= noise.lo]
+
+
+def _members(
+    policy: Policy,
+    rule: int,
+    spans: Sequence[Span] | None,
+    kind: Literal["layers", "heads"],
+    n: int,
+) -> list[int]:
+    """The layers or heads that the spans of rule number `rule` name, of `n`; None is all."""
+    if spans is None:
+        return list(range(n))
+    for span in spans:
+        if span.last >= n:
+            message = (
+                f"{kind.removesuffix('s')} {span.last} does not exist; the model has {n} {kind} "
+                f"(0..{n - 1})"
+            )
+            raise policy.error(("except", rule, kind), message)
+    return sorted({i for span in spans for i in range(span.first, span.last + 1)})
