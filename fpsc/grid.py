@@ -101,7 +101,7 @@ def padded_work(grid: Sequence[int], tile: Sequence[int], block: int = BLOCK) ->
     Both queries and keys are padded, so this is (tiles * block / tokens) squared.
     """
     g, s = _grid(grid), _tile(tile)
-    return (_count(g, s) * block / g.tokens) ** 2
+    return (tile_grid(g, s).tokens * block / g.tokens) ** 2
 
 
 @functools.lru_cache(maxsize=1024)
@@ -110,14 +110,16 @@ def _plan_tile(grid: TokenGrid, block: int) -> TileShape:
     # (t, y, x) then has to visit a box of (t + 2 REACH)(y + 2 REACH)(x + 2 REACH) tokens, so that
     # among tiles that pad alike the compact one wins, and a long thin one only if it saves much.
     shapes = list(_shapes(grid, block))
-    limit = max(MAX_TILE_RATIO * -(-grid.tokens // block), min(_count(grid, s) for s in shapes))
+    limit = max(
+        MAX_TILE_RATIO * -(-grid.tokens // block), min(tile_grid(grid, s).tokens for s in shapes)
+    )
 
     def cost(s: TileShape) -> tuple[int, int, TileShape]:
-        tiles = _count(grid, s)
+        tiles = tile_grid(grid, s).tokens
         reach = (s.t + 2 * REACH) * (s.y + 2 * REACH) * (s.x + 2 * REACH)
         return tiles * tiles * reach, tiles, s
 
-    return min((s for s in shapes if _count(grid, s) <= limit), key=cost)
+    return min((s for s in shapes if tile_grid(grid, s).tokens <= limit), key=cost)
 
 
 def plan_tile(grid: Sequence[int], block: int = BLOCK) -> TileShape:
@@ -131,6 +133,11 @@ def plan_tile(grid: Sequence[int], block: int = BLOCK) -> TileShape:
         ValueError: a size is not a positive integer.
     """
     return _plan_tile(_grid(grid), block)
+
+
+def tile_grid(grid: TokenGrid, tile: TileShape) -> TokenGrid:
+    """Number of tiles along each axis."""
+    return TokenGrid(-(-grid.t // tile.t), -(-grid.y // tile.y), -(-grid.x // tile.x))
 
 
 def layout(grid: Sequence[int], tile: Sequence[int], prefix: int = 0, suffix: int = 0) -> Layout:
@@ -154,19 +161,19 @@ def layout(grid: Sequence[int], tile: Sequence[int], prefix: int = 0, suffix: in
 
 @functools.lru_cache(maxsize=64)
 def _layout(grid: TokenGrid, tile: TileShape, prefix: int, suffix: int) -> Layout:
-    tile_grid = TokenGrid(*(-(-n // d) for n, d in zip(grid, tile, strict=True)))
+    tiles = tile_grid(grid, tile)
     head, tail = -(-prefix // BLOCK), -(-suffix // BLOCK)
-    n_tiles = head + tile_grid.tokens + tail
+    n_tiles = head + tiles.tokens + tail
 
     # For every sequence position: its tile, then its row, which is its rank inside that tile. A
     # stable sort by tile keeps raster order inside a tile and makes the ranks consecutive.
     t, y, x = (np.arange(n, dtype=np.int64) // d for n, d in zip(grid, tile, strict=True))
-    video = (t[:, None, None] * tile_grid.y + y[:, None]) * tile_grid.x + x
+    video = (t[:, None, None] * tiles.y + y[:, None]) * tiles.x + x
     tile_of = np.concatenate(
         [
             np.arange(prefix) // BLOCK,
             head + video.reshape(-1),
-            head + tile_grid.tokens + np.arange(suffix) // BLOCK,
+            head + tiles.tokens + np.arange(suffix) // BLOCK,
         ]
     )
     order = np.argsort(tile_of, kind="stable")
@@ -183,8 +190,8 @@ def _layout(grid: TokenGrid, tile: TileShape, prefix: int, suffix: int) -> Layou
         tile=tile,
         prefix=prefix,
         suffix=suffix,
-        tile_grid=tile_grid,
-        video_tiles=range(head, head + tile_grid.tokens),
+        tile_grid=tiles,
+        video_tiles=range(head, head + tiles.tokens),
         gather=from_numpy(gather.reshape(n_tiles, BLOCK)),
         valid=from_numpy(valid.astype(np.int32)),
         slot=from_numpy(slot),
@@ -209,10 +216,6 @@ def from_numpy(array: np.ndarray) -> torch.Tensor:
     """A real CPU tensor that may be cached, even when built under inference or fake-tensor mode."""
     with torch.inference_mode(False), _disable_current_modes():
         return torch.from_numpy(array)
-
-
-def _count(grid: TokenGrid, tile: TileShape) -> int:
-    return -(-grid.t // tile.t) * -(-grid.y // tile.y) * -(-grid.x // tile.x)
 
 
 def _shapes(grid: TokenGrid, block: int) -> Iterator[TileShape]:

@@ -28,6 +28,7 @@ from ruamel.yaml.events import (
     NodeEvent,
     ScalarEvent,
 )
+from ruamel.yaml.reader import ReaderError
 
 from .errors import PolicyError, Problem, shown
 
@@ -101,7 +102,16 @@ def parse(data: bytes, file: str) -> Document:
     except MarkedYAMLError as e:
         context = f" {e.context}" if e.context else ""
         raise _marked(file, e, f"not YAML: {e.problem}{context}") from None
-    except (YAMLError, ValueError) as e:  # control characters, impossible dates, endless numbers
+    except ReaderError as e:
+        line, column = (
+            text.count("\n", 0, e.position) + 1,
+            e.position - text.rfind("\n", 0, e.position),
+        )
+        message = f"control character U+{e.character:04X}; remove it"
+        raise _error(file, message, line, column) from None
+    except PolicyError:
+        raise
+    except (YAMLError, ValueError) as e:  # impossible dates, endless numbers
         raise _error(file, f"not YAML: {str(e).splitlines()[0]}") from None
     if not isinstance(tree, CommentedMap):
         found = shown(_plain(tree, file))
@@ -223,7 +233,7 @@ def _plain(node: Any, file: str) -> Any:
         case Mapping():
             for key in node:
                 if not isinstance(key, str):
-                    line, column = _start(node)
+                    line, column = position(node, (key,), at_key=True)
                     message = f"keys are text; found {shown(key)}, put it in quotes"
                     raise _error(file, message, line, column)
             return {str(k): _plain(v, file) for k, v in node.items()}

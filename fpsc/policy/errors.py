@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 MAX_SHOWN = 10
@@ -58,20 +58,28 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
+def either(names: Sequence[str]) -> str:
+    """Names for a message: a, b or c."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
 def shown(value: object) -> str:
     """A value as its author wrote it, cut to fit a line."""
+    text = " ".join(_yaml(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _yaml(value: object) -> str:
     match value:
         case None:
-            text = "nothing"
+            return "nothing"
         case bool():
-            text = str(value).lower()
+            return str(value).lower()
         case str():
-            text = f'"{value}"'
+            return f'"{value}"'
         case dict():
-            text = "a mapping {" + ", ".join(map(str, value)) + "}"
+            return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
         case list() | tuple():
-            text = "a list [" + ", ".join(map(shown, value)) + "]"
+            return "[" + ", ".join(map(_yaml, value)) + "]"
         case _:
-            text = str(value)
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else text[:57] + "..."
+            return str(value)

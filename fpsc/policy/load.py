@@ -127,12 +127,14 @@ def presets() -> dict[str, Traversable]:
     return {f.name.removesuffix(".yaml"): f for f in files if f.name.endswith(".yaml")}
 
 
-def find(name_or_path: str | os.PathLike[str]) -> Policy:
-    """A policy by the name of a preset, or by the path of a file.
+def find(name_or_path: str | os.PathLike[str] | Policy) -> Policy:
+    """A policy by the name of a preset, by the path of a file, or as it is.
 
     Raises:
         PolicyError: there is no such preset and no such file, or the policy is not valid.
     """
+    if isinstance(name_or_path, Policy):
+        return name_or_path
     built_in = presets()
     if name_or_path in built_in:
         preset = built_in[str(name_or_path)]
@@ -142,6 +144,6 @@ def find(name_or_path: str | os.PathLike[str]) -> Policy:
     path = Path(name_or_path)
     if not path.is_file():
         guess = nearest(name_or_path, built_in)
-        message = f"no such policy: neither a file nor one of {listed(built_in)}{guess}"
-        raise PolicyError(str(name_or_path), [Problem(None, None, message)])
+        message = f"no such policy, neither a file nor one of {listed(built_in)}{guess}"
+        raise PolicyError(str(name_or_path) or '""', [Problem(None, None, message)])
     return Policy.load(path)

@@ -9,6 +9,7 @@ themselves. Text tiles of a joint sequence are dense both ways and do not count 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -107,6 +108,23 @@ def _across(tile: TileShape, dy: Array, dx: Array) -> Array:
 
 Order = Callable[[Pattern, TileShape, Array, Array, Array], list[Array]]
 ORDERS: dict[str, Order] = {"near": _near, "frame": _frame, "column": _column, "radial": _radial}
+
+
+def fraction(pattern: Pattern, tiles: TokenGrid) -> float:
+    """The keep of a pattern on a grid of tiles, without its lists: mean over the query tiles."""
+    n = tiles.tokens
+    match pattern.kind:
+        case "dense":
+            return 1.0
+        case "window":
+            assert pattern.window is not None
+            return math.prod(map(min, tiles, pattern.window)) / n
+        case "explicit":  # for each offset, the queries that have such a neighbour
+            offsets = {(0, 0, 0), *pattern.offsets}
+            pairs = ([max(0, s - abs(d)) for s, d in zip(tiles, o, strict=True)] for o in offsets)
+            return sum(map(math.prod, pairs)) / n**2
+        case _:
+            return wanted(pattern, tiles) / n
 
 
 def wanted(pattern: Pattern, tiles: TokenGrid) -> int:

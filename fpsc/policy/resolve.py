@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from ..grid import BLOCK, Layout, TileShape, from_numpy, layout
+from ..grid import BLOCK, Layout, TileShape, TokenGrid, from_numpy, tile_grid
 from .load import Policy
-from .patterns import Pattern, lists, pattern_of
+from .patterns import Pattern, fraction, lists, pattern_of
 from .schema import MODES, ROWS, NoiseRange, Span, edges
 
 PATTERNS = MODES
@@ -196,10 +196,14 @@ def plan(policy: Policy, layout: Layout) -> Plan:
     Raises:
         ValueError: the sequence is so long that the lists overflow int32 offsets.
     """
-    pairs = [lists(pattern, layout) for pattern in _patterns(policy)]
+    patterns = _patterns(policy)
+    pairs = [lists(pattern, layout) for pattern in patterns]
     lengths = [len(idx) for _, idx in pairs]
     if sum(lengths) > np.iinfo(np.int32).max:
         raise ValueError(f"the lists hold {sum(lengths)} entries, more than int32 offsets count")
+    keep = np.zeros(MODES, np.float32)
+    for i, mode in enumerate(policy.modes.values()):
+        keep[i] = _keep(pairs[patterns.index(pattern_of(mode))][0], layout)
     starts = np.cumsum([0, *lengths])
     ptr = np.stack([p.numpy() + np.int32(s) for (p, _), s in zip(pairs, starts, strict=False)])
     padding = np.repeat(ptr[-1:], PATTERNS - len(ptr), axis=0)
@@ -209,7 +213,7 @@ def plan(policy: Policy, layout: Layout) -> Plan:
         valid=layout.valid,
         list_ptr=from_numpy(np.concatenate([ptr, padding])),
         list_idx=from_numpy(np.concatenate([idx.numpy() for _, idx in pairs])),
-        keep=from_numpy(_keep(policy, layout, [p.numpy() for p, _ in pairs])),
+        keep=from_numpy(keep),
     )
 
 
@@ -218,24 +222,19 @@ def _patterns(policy: Policy) -> list[Pattern]:
     return list(dict.fromkeys(map(pattern_of, policy.modes.values())))
 
 
-def _keep(policy: Policy, layout: Layout, pointers: Sequence[np.ndarray]) -> np.ndarray:
-    """float32 [MODES]: mean fraction of the video key tiles in the lists of video query tiles."""
+def _keep(ptr: torch.Tensor, layout: Layout) -> float:
+    """Mean fraction of the video key tiles in the lists of the video query tiles."""
     video = layout.video_tiles
+    entries = int(ptr[video.stop]) - int(ptr[video.start])
     text = layout.n_tiles - len(video)
-    patterns = _patterns(policy)
-    keep = np.zeros(MODES, np.float32)
-    for i, mode in enumerate(policy.modes.values()):
-        ptr = pointers[patterns.index(pattern_of(mode))].astype(np.int64)
-        entries = ptr[video.stop] - ptr[video.start]
-        keep[i] = (entries / len(video) - text) / len(video)
-    return keep
+    return (entries / len(video) - text) / len(video)
 
 
 def _densest(policy: Policy, cells: np.ndarray, dtypes: np.ndarray) -> int:
     """See `Table.densest`; cells [layers, rows, heads], dtypes [MODES]."""
-    grid = policy.tuned_on.grid or NOMINAL_GRID
-    nominal = layout(grid, policy.tile_for(grid))
-    keep = _keep(policy, nominal, [lists(p, nominal)[0].numpy() for p in _patterns(policy)])
+    grid = policy.tuned_on.grid or TokenGrid(*NOMINAL_GRID)
+    tiles = tile_grid(grid, policy.tile_for(grid))
+    keep = np.array([fraction(pattern_of(mode), tiles) for mode in policy.modes.values()])
     order = list(zip(_row_means(cells, keep), _row_means(cells, -dtypes), strict=True))
     return order.index(max(order))
 

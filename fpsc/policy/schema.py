@@ -16,11 +16,12 @@ from pydantic import (
     PlainValidator,
     ValidationError,
     WithJsonSchema,
+    field_validator,
 )
 
 from ..grid import BLOCK, TileShape, TokenGrid
 from .document import Document, Path_
-from .errors import PolicyError, Problem, listed, nearest, shown
+from .errors import PolicyError, Problem, either, listed, nearest, shown
 
 MODES = 32
 """Most modes of a policy: a capacity of the table, so that edits never change a shape."""
@@ -173,6 +174,13 @@ Weights = Annotated[tuple[float, float, float], _reader(_weights), _WEIGHTS]
 class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _something(cls, value: Any) -> Any:
+        """`keep:` with nothing behind it is a slip, not a way to say "the default"."""
+        assert value is not None
+        return value
+
 
 class Scales(Spec):
     """How much one FP8 scale covers."""
@@ -221,9 +229,7 @@ class Mode(Spec):
 class Phase(Spec):
     """The mode of a stretch of noise."""
 
-    noise: Noise = Field(
-        description="a range from noisy to clean in quotes or bare, for example 0.90..0.40"
-    )
+    noise: Noise = Field(description="a range from noisy to clean, for example 0.90..0.40")
     use: str = Field(description="the name of a mode")
 
 
@@ -271,7 +277,7 @@ class Limits(Spec):
 class PolicySpec(Spec):
     """A whole policy."""
 
-    fpsc: Literal[1] = Field(description="1, the version of the format")
+    fpsc: int = Field(ge=1, le=1, description="1, the version of the format")
     name: str | None = Field(default=None, description="a name in text")
     for_: Tuned = Field(
         default=Tuned(),
@@ -319,7 +325,11 @@ def validate(document: Document) -> PolicySpec:
     try:
         spec = PolicySpec.model_validate(document.value)
     except ValidationError as e:
-        problems = [_problem(document, dict(error)) for error in e.errors()]
+        errors: list[dict[str, Any]] = [dict(error) for error in e.errors()]
+        # A phase by steps lacks its noise: one message says it all.
+        refused = {x["loc"][:-1] for x in errors if _is_planned(x)}
+        kept = [x for x in errors if x["type"] != "missing" or x["loc"][:-1] not in refused]
+        problems = [_problem(document, error) for error in kept]
         raise PolicyError(document.file, problems) from None
     problems = [document.problem(*p) for p in _conflicts(spec)]
     if problems:
@@ -333,7 +343,7 @@ def _problem(document: Document, error: dict[str, Any]) -> Problem:
     keys = [f.alias or name for name, f in model.model_fields.items()]
     last = path[-1] if path else ""
     match error["type"]:
-        case "extra_forbidden" if last in ELSEWHERE:
+        case "extra_forbidden" if _is_planned(error):
             return document.problem(path[:-1], ELSEWHERE[str(last)], at=path)
         case "extra_forbidden":
             message = f'unknown key "{last}"{nearest(last, keys)} (valid: {listed(keys)})'
@@ -349,6 +359,10 @@ def _problem(document: Document, error: dict[str, Any]) -> Problem:
     choices = [c for c in get_args(here) if isinstance(c, str)]
     guess = nearest(found, choices) if isinstance(found, str) else ""
     return document.problem(path, f"expected {expected}, found {shown(found)}{guess}")
+
+
+def _is_planned(error: dict[str, Any]) -> bool:
+    return error["type"] == "extra_forbidden" and error["loc"][-1] in ELSEWHERE
 
 
 def _declared(path: Path_) -> tuple[type[BaseModel], Any, Any]:
@@ -452,9 +466,9 @@ def mode_conflicts(mode: Mode) -> Iterator[Conflict]:
         if value is None or kind in patterns or (key, value, kind) == ("keep", 1, "dense"):
             continue
         if mode.pattern is None:
-            yield (key,), f"needs a pattern; add pattern: {' or '.join(patterns)}"
+            yield (key,), f"needs a pattern; add pattern: {either(patterns)}"
         else:
-            yield (key,), f"belongs to pattern {' or '.join(patterns)}, not to {kind}; remove it"
+            yield (key,), f"belongs to pattern {either(patterns)}, not to {kind}; remove it"
     need = needs.get(kind)
     if need and getattr(mode, need) is None:
         description = type(mode).model_fields[need].description
