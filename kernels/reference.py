@@ -1,0 +1,255 @@
+"""The specification of `fpsc::attention`, in plain torch and in the order of the formulas.
+
+One head at a time, one query tile at a time. q, k, v are [N, D] in raster order, i indexes queries,
+j keys, d channels; u is the tile of i and w the tile of j. V(i) is the set of keys that i sees: the
+real rows of the key tiles in the list of u, less those that the key mask leaves out.
+
+Every cell, first:  a NaN or an infinity in q, k or v becomes NaN. It then reaches exactly what
+visits it: a query row its own output, a key row the outputs of all queries that visit its tile, a
+value of V those outputs in its own channel. Only finite values take part in means and maxima.
+
+Input-dtype cell (dtype 0)
+    s_ij = scale * q_i . k_j                                              in float32, j in V(i)
+    lse_i = log sum_j exp(s_ij)
+    o_i = sum_j exp(s_ij - lse_i) v_j                                     rounded to q's dtype
+
+fp8 cell (dtype 1)
+    mu   = mean over j of k_j           rows that are finite and not masked, whole sequence [1]
+    a_u  = max |q_i| / 448              over the rows of query tile u                       [2]
+    b_w  = max |k_j - mu| / 448         over the unmasked rows of key tile w                [2]
+    c_d  = max |v_jd| / 448             over the unmasked rows of the sequence, per channel [2]
+    q8 = e4m3(q_i / a_u),  k8 = e4m3((k_j - mu) / b_w),  v8 = e4m3(v_jd / c_d)
+    t_ij = scale * a_u b_w (q8_i . k8_j)                                  in float32
+    m_i  = max_j t_ij
+    p_ij = exp2((t_ij - m_i) log2(e) + 8)  at most 256, so that e4m3 (max 448) never saturates [3]
+    l_i  = sum_j p_ij                      of the unrounded p                                  [4]
+    o_id = c_d (sum_j e4m3(p_ij) v8_jd) / l_i                             rounded to q's dtype
+    lse_i = m_i + log(l_i) - 8 log(2) + scale q_i . mu             of the true scores          [5]
+
+A query that sees no key gives o = 0 and lse = -inf.
+
+Backward, both kinds of cell, straight-through (every rounding has gradient one, mu and the scales
+are constants) [6]. With Q, K, V the dequantised operands above (K less its mean), O the output:
+    P_ij  = exp(s_ij - lse_i)           from the same Q and K as forward, not rounded
+    dV_j  = sum_i P_ij dO_i
+    dP_ij = dO_i . V_j
+    dS_ij = P_ij (dP_ij - dO_i . O_i)
+    dQ_i  = scale sum_j dS_ij K_j
+    dK_j  = scale sum_i dS_ij Q_i
+
+Sources
+[1] Smoothing K: SageAttention (arXiv 2410.02367), section 4.2. q_i . mu is the same for all keys of
+    a row, and softmax does not see it.
+[2] FPSAttention (arXiv 2506.04648): one scale per 3D tile for Q and K, one per channel for V.
+    e4m3 here is e4m3fn, round to nearest even; 448 is its largest value.
+[3] The power of two costs nothing on a device: it is the constant of the exponent's fused
+    multiply-add. It spends the range above 1 that P alone would leave empty.
+[4] As FlashAttention-3 (arXiv 2407.08608) does: the sum comes from the registers before they are
+    packed to e4m3, so it costs no conversion back, l is the denominator of the scores themselves,
+    and the P that backward recomputes from the lse adds up to one. The rounding of P is unbiased,
+    and averages out over keys.
+[5] The shift uses q before rounding: lse is then off only by the rounding of the differences
+    between keys.
+[6] FlashAttention-2 (arXiv 2307.08691), section 3.1, for the formulas. P from the quantised Q and
+    K, because P from others would not add up to one under this lse. K less its mean, because the
+    rows of dS add up to zero but for the rounding of P and O, and a mean would amplify the rest.
+
+Shapes: q_BHND, k_BGND, v_BGND with G dividing H (query head h reads key head h // (H / G)).
+modes_BH2 int32: (pattern, dtype) of each batch element and head. list_ptr int32 [PATTERNS,
+TILES + 1], list_idx int32 [NNZ], gather int32 [TILES, BLOCK] (-1 is padding), valid int32 [TILES]:
+see `fpsc.kernels.ops`. key_mask_BN bool: True takes part.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+E4M3_MAX = 448.0
+P_OFFSET = 8.0  # log2 of the factor that P carries when it is rounded to e4m3
+SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: below it a tile is all zero
+
+
+class Operands(NamedTuple):
+    """What the products of one head see, float32, dequantised, raster order."""
+
+    q_ND: Tensor
+    k_ND: Tensor
+    v_ND: Tensor
+    shift_N: Tensor  # scale * q . mu: what the mean of K took from every score of a row
+
+
+def forward(
+    q_BHND: Tensor,
+    k_BGND: Tensor,
+    v_BGND: Tensor,
+    modes_BH2: Tensor,
+    list_ptr: Tensor,
+    list_idx: Tensor,
+    gather: Tensor,
+    valid: Tensor,
+    key_mask_BN: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns out [B, H, N, D] in q's dtype and lse [B, H, N] float32. See the module's text."""
+    B, H, N, D = q_BHND.shape
+    out_BHND = torch.zeros(B, H, N, D, device=q_BHND.device)
+    lse_BHN = torch.full((B, H, N), -math.inf, device=q_BHND.device)
+    tiles = tile_rows(gather, valid)
+    for b, h, g, pattern, fp8, taking_part in _cells(q_BHND, k_BGND, modes_BH2, key_mask_BN):
+        head = operands(
+            q_BHND[b, h], k_BGND[b, g], v_BGND[b, g], tiles, taking_part, scale, fp8=fp8
+        )
+        for u, rows in enumerate(tiles):
+            keys = visible_keys(u, tiles, list_ptr[pattern], list_idx, taking_part)
+            if len(keys) == 0:
+                continue
+            s = scale * head.q_ND[rows] @ head.k_ND[keys].T
+            m = s.amax(dim=1, keepdim=True)
+            offset = P_OFFSET if fp8 else 0.0
+            p = torch.exp2((s - m) * math.log2(math.e) + offset)
+            total = p.sum(dim=1, keepdim=True)
+            if fp8:
+                p = to_e4m3(p)
+            out_BHND[b, h, rows] = (p @ head.v_ND[keys]) / total
+            lse = (m + total.log() - offset * math.log(2)).squeeze(1)
+            lse_BHN[b, h, rows] = lse + head.shift_N[rows]
+    return out_BHND.to(q_BHND.dtype), lse_BHN
+
+
+def backward(
+    dout_BHND: Tensor,
+    q_BHND: Tensor,
+    k_BGND: Tensor,
+    v_BGND: Tensor,
+    out_BHND: Tensor,
+    lse_BHN: Tensor,
+    modes_BH2: Tensor,
+    list_ptr: Tensor,
+    list_idx: Tensor,
+    gather: Tensor,
+    valid: Tensor,
+    key_mask_BN: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk, dv in the shapes and dtypes of q, k, v. See the module's text."""
+    dq_BHND = torch.zeros(q_BHND.shape, device=q_BHND.device)
+    dk_BGND = torch.zeros(k_BGND.shape, device=q_BHND.device)
+    dv_BGND = torch.zeros(v_BGND.shape, device=q_BHND.device)
+    tiles = tile_rows(gather, valid)
+    for b, h, g, pattern, fp8, taking_part in _cells(q_BHND, k_BGND, modes_BH2, key_mask_BN):
+        head = operands(
+            q_BHND[b, h], k_BGND[b, g], v_BGND[b, g], tiles, taking_part, scale, fp8=fp8
+        )
+        do_ND = dout_BHND[b, h].float()
+        delta_N = (do_ND * out_BHND[b, h].float()).sum(dim=1)
+        lse_N = lse_BHN[b, h] - head.shift_N
+        for u, rows in enumerate(tiles):
+            keys = visible_keys(u, tiles, list_ptr[pattern], list_idx, taking_part)
+            if len(keys) == 0:
+                continue
+            q, k, v, do = head.q_ND[rows], head.k_ND[keys], head.v_ND[keys], do_ND[rows]
+            p = torch.exp(scale * q @ k.T - lse_N[rows, None])
+            dp = do @ v.T
+            ds = p * (dp - delta_N[rows, None])
+            dq_BHND[b, h, rows] = scale * ds @ k
+            dk_BGND[b, g, keys] += scale * ds.T @ q
+            dv_BGND[b, g, keys] += p.T @ do
+    return dq_BHND.to(q_BHND.dtype), dk_BGND.to(k_BGND.dtype), dv_BGND.to(v_BGND.dtype)
+
+
+def operands(
+    q_ND: Tensor,
+    k_ND: Tensor,
+    v_ND: Tensor,
+    tiles: list[Tensor],
+    taking_part_N: Tensor,
+    scale: float,
+    *,
+    fp8: bool,
+) -> Operands:
+    """The operands of one head as its products see them: as they are, or rounded to e4m3.
+
+    taking_part_N bool [N]: the keys that the mask leaves in.
+    """
+    q, k, v = (infinite_to_nan(x.float()) for x in (q_ND, k_ND, v_ND))
+    if not fp8:
+        return Operands(q, k, v, torch.zeros(len(q), device=q.device))
+    every_query = torch.ones_like(taking_part_N)
+    mu = k_mean(k, taking_part_N)
+    return Operands(
+        q_ND=_round_per_tile(q, tiles, every_query),
+        k_ND=_round_per_tile(k - mu, tiles, taking_part_N),
+        v_ND=_round_per_channel(v, taking_part_N),
+        shift_N=scale * q @ mu,
+    )
+
+
+def k_mean(k_ND: Tensor, taking_part_N: Tensor) -> Tensor:
+    """mu [D]: mean of the finite rows of k that take part; zero where there is none."""
+    rows = k_ND[taking_part_N & k_ND.isfinite().all(dim=1)]
+    mu = rows.sum(dim=0) / max(len(rows), 1)
+    return torch.where(mu.isfinite(), mu, 0.0)  # a sum beyond float32: go without smoothing
+
+
+def quantisation_scale(amax: Tensor) -> Tensor:
+    """amax / 448, or 1 where that is zero (or so small that float32 holds it badly)."""
+    s = amax / E4M3_MAX
+    return torch.where(s >= SMALLEST_SCALE, s, 1.0)
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """Rounds float32 to e4m3 and back: to nearest even; finite values saturate, NaN stays NaN."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+
+
+def infinite_to_nan(x: Tensor) -> Tensor:
+    """x, with NaN in place of infinities."""
+    return torch.where(x.isfinite(), x, math.nan)
+
+
+def tile_rows(gather: Tensor, valid: Tensor) -> list[Tensor]:
+    """Sequence positions (int64) of the real rows of each tile."""
+    return [rows[:n].long() for rows, n in zip(gather, valid.tolist(), strict=True)]
+
+
+def visible_keys(
+    u: int, tiles: list[Tensor], ptr: Tensor, list_idx: Tensor, taking_part_N: Tensor
+) -> Tensor:
+    """V(i) of the rows i of query tile u: sequence positions, int64. ptr [TILES + 1]."""
+    visited = list_idx[int(ptr[u]) : int(ptr[u + 1])].tolist()
+    keys = torch.cat([tiles[w] for w in visited] or [tiles[0][:0]])
+    return keys[taking_part_N[keys]]
+
+
+def _round_per_tile(x_ND: Tensor, tiles: list[Tensor], taking_part_N: Tensor) -> Tensor:
+    rounded = torch.empty_like(x_ND)
+    for rows in tiles:
+        s = quantisation_scale(_finite_max(x_ND[rows[taking_part_N[rows]]].flatten()))
+        rounded[rows] = to_e4m3(x_ND[rows] / s) * s
+    return rounded
+
+
+def _round_per_channel(x_ND: Tensor, taking_part_N: Tensor) -> Tensor:
+    s = quantisation_scale(_finite_max(x_ND[taking_part_N]))
+    return to_e4m3(x_ND / s) * s
+
+
+def _finite_max(x: Tensor) -> Tensor:
+    """max |x| over dim 0, finite values only; zero where there is none."""
+    zero = x.new_zeros(1, *x.shape[1:])
+    return torch.cat([zero, torch.where(x.isfinite(), x.abs(), 0.0)]).amax(dim=0)
+
+
+def _cells(q_BHND: Tensor, k_BGND: Tensor, modes_BH2: Tensor, key_mask_BN: Tensor | None):  # type: ignore[no-untyped-def]
+    """Yields (b, h, g, pattern, fp8, taking part [N]) of every batch element and head."""
+    B, H, N, _ = q_BHND.shape
+    everything = torch.ones(N, dtype=torch.bool, device=q_BHND.device)
+    for b in range(B):
+        taking_part = everything if key_mask_BN is None else key_mask_BN[b]
+        for h in range(H):
+            pattern, dtype = modes_BH2[b, h].tolist()
+            yield b, h, h // (H // k_BGND.shape[1]), pattern, dtype == 1, taking_part
