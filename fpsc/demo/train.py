@@ -35,7 +35,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fpsc.demo.clips import FRAMES, clip, encode_prompt
+from fpsc.demo.clips import clip, encode_prompt
 from fpsc.demo.model import (
     FLOW_SHIFT,
     TRAIN_TIMESTEPS,
@@ -367,9 +367,7 @@ def train(
                 }
                 with (out / "log.jsonl").open("a") as log:
                     log.write(json.dumps(line) + "\n")
-                progress.update(
-                    task, description=f"{stage.frames} frames, loss {line['loss']:.4f}"
-                )
+                progress.update(task, description=f"{stage.frames} frames, loss {line['loss']:.4f}")
                 recent.clear()
             if trainer.step % save_every == 0 or trainer.step == end:
                 trainer.save(checkpoint)
