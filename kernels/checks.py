@@ -24,6 +24,9 @@ def check_shapes(
 ) -> None:
     """What shapes, dtypes and devices alone can tell; also for fake tensors.
 
+    The lengths of the lists and tiles are compared in `check_values`: in a compiled graph they are
+    symbols, because graphs are shared between grids, and comparing them would fix them.
+
     Raises: ValueError.
     """
     for name, x, dims in (
@@ -67,8 +70,6 @@ def check_shapes(
             f"q, k, v: {choice.reason}; cast or pad them, or leave this attention to "
             "F.scaled_dot_product_attention"
         )
-    if rows.shape[0] != B:
-        raise ValueError(f"rows: expected one noise row a batch element ({B}), got {len(rows)}")
     if cells.shape[2] != H:
         raise ValueError(
             f"cells: expected a mode for each of the {H} heads of q, got {cells.shape[2]}; "
@@ -81,11 +82,6 @@ def check_shapes(
     if modes.shape[1] != 2:
         raise ValueError(
             f"modes: expected 2 columns (pattern, dtype), got shape {list(modes.shape)}"
-        )
-    if list_ptr.shape[1] != gather.shape[0] + 1 or valid.shape[0] != gather.shape[0]:
-        raise ValueError(
-            "list_ptr, gather, valid: expected tiles + 1, tiles and tiles entries of one layout, "
-            f"got {list_ptr.shape[1]}, {gather.shape[0]} and {valid.shape[0]}"
         )
     tables = {
         "rows": rows, "cells": cells, "modes": modes, "list_ptr": list_ptr,
@@ -119,6 +115,11 @@ def check_values(
 
     Raises: ValueError.
     """
+    if list_ptr.shape[1] != gather.shape[0] + 1 or valid.shape[0] != gather.shape[0]:
+        raise ValueError(
+            "list_ptr, gather, valid: expected tiles + 1, tiles and tiles entries of one layout, "
+            f"got {list_ptr.shape[1]}, {gather.shape[0]} and {valid.shape[0]}"
+        )
     counts, tiles = valid.tolist(), len(valid)
     if sum(counts) != N:
         raise ValueError(
@@ -157,11 +158,18 @@ def check_values(
         )
 
 
-def check_rows(rows: Tensor, cells: Tensor, modes: Tensor) -> None:
-    """Rows and cells index the tables they name. Reads them on the host.
+def check_rows(batch: int, rows: Tensor, cells: Tensor, modes: Tensor) -> None:
+    """One row a batch element, or one for all; rows and cells index the tables they name.
+
+    Reads them on the host.
 
     Raises: ValueError.
     """
+    if len(rows) not in (1, batch):
+        raise ValueError(
+            f"rows: expected one noise row a batch element ({batch}) or one for all, got "
+            f"{len(rows)}; the timestep must hold one value, or one for each batch element"
+        )
     for name, index, table, size in (
         ("rows", rows, "cells", cells.shape[1]),
         ("cells", cells, "modes", modes.shape[0]),

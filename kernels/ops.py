@@ -6,7 +6,7 @@
 The mathematics is in `fpsc.kernels.reference`. All tables are int32 tensors, data and never
 structure: changing a number in one recompiles nothing.
 
-    rows       [B]                     noise row of each batch element
+    rows       [B] or [1]              noise row of each batch element, or of all
     cells      [sites, noise rows, H]  mode of each head; `site` picks the first index
     modes      [modes, 2]              (pattern, dtype); dtype 0: computed in q's dtype, 1: fp8
     list_ptr   [patterns, tiles + 1]   offsets into list_idx
@@ -64,9 +64,9 @@ def attention(
     )
 
 
-def resolve_modes(rows: Tensor, cells: Tensor, modes: Tensor, site: int) -> Tensor:
+def resolve_modes(batch: int, rows: Tensor, cells: Tensor, modes: Tensor, site: int) -> Tensor:
     """(pattern, dtype) of each batch element and head, int32 [B, H, 2]."""
-    mode_BH = cells[site].index_select(0, rows)
+    mode_BH = cells[site].index_select(0, rows).expand(batch, -1)
     return modes.index_select(0, mode_BH.flatten()).unflatten(0, mode_BH.shape)
 
 
@@ -87,8 +87,8 @@ def _attention(
     site: int,
 ) -> tuple[Tensor, Tensor]:
     check_shapes(q, k, v, rows, cells, modes, list_ptr, list_idx, gather, valid, key_mask, site)
-    check_rows(rows, cells, modes)
-    modes_BH2 = resolve_modes(rows, cells, modes, site)
+    check_rows(q.shape[0], rows, cells, modes)
+    modes_BH2 = resolve_modes(q.shape[0], rows, cells, modes, site)
     check_values(q.shape[2], modes_BH2, list_ptr, list_idx, gather, valid)
     return cpu.forward(q, k, v, modes_BH2, list_ptr, list_idx, gather, valid, key_mask, scale)
 
@@ -159,7 +159,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     q, k, v, rows, cells, modes, list_ptr, list_idx, gather, valid, key_mask, scale, site = inputs
     out, lse = output
     # The tables may be edited before backward runs; what they said of this call may not change.
-    modes_BH2 = resolve_modes(rows, cells, modes, site)
+    modes_BH2 = resolve_modes(q.shape[0], rows, cells, modes, site)
     ctx.save_for_backward(q, k, v, out, lse, modes_BH2, list_ptr, list_idx, gather, valid, key_mask)
     ctx.scale = scale
     ctx.mark_non_differentiable(lse)

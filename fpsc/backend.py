@@ -1,0 +1,200 @@
+"""`torch.compile(model, backend="fpsattn")`: find the attentions of a graph, replace them, hand over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from warnings import warn
+
+from torch import fx
+from torch._guards import TracingContext
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
+
+from fpsc import roots, runtime
+from fpsc.cache_key import HOOK, CacheKey
+from fpsc.families import family_of
+from fpsc.launch import Launcher
+from fpsc.options import Options, inductor_patches, parse
+from fpsc.passes import manager
+from fpsc.passes.infer_grid import Hints
+from fpsc.passes.manager import Analysis, Limits
+from fpsc.passes.match import Role
+from fpsc.policy import Policy, find
+from fpsc.report import NothingReplacedWarning, Report, record, sites_of
+from fpsc.roots import RunningModule
+from fpsc.runtime import ModelState
+
+
+class StrictError(RuntimeError):
+    """`strict: true`, and a video self-attention was left dense."""
+
+
+def fpsattn(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend: 3D self-attention becomes `fpsc::attention`, all else goes to Inductor.
+
+    Args:
+        gm: graph from Dynamo. It is not changed.
+        example_inputs: its inputs.
+        mode: Inductor's mode.
+        options: see `fpsc.options.Options`; all other keys are Inductor's.
+
+    Raises:
+        OptionError, PolicyError: an option or the policy cannot be used.
+        StrictError: with `strict`, a video self-attention was left dense.
+    """
+    parsed = parse(mode, options)
+    patches = inductor_patches(parsed)
+    root = roots.root_for(roots.running_modules())
+    state, origin = _state(root, parsed)
+    analysis = _analyse(gm, state, root)
+    if not analysis.candidates:
+        return compile_fx(gm, list(example_inputs), config_patches=patches)
+    report = _report(analysis, state, origin)
+    record(report)
+    _check(report, parsed)
+    if not analysis.targets:
+        return compile_fx(gm, list(example_inputs), config_patches=patches)
+    return _compile(analysis, example_inputs, state, root, report, patches)
+
+
+def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) -> Report:
+    """What the backend would do with a graph, without doing it.
+
+    Args:
+        gm: graph from Dynamo.
+        options: as for the backend.
+    """
+    state, origin = _state(None, parse(None, options))
+    return _report(_analyse(gm, state, None), state, origin)
+
+
+def _state(root: RunningModule | None, options: Options) -> tuple[ModelState, str]:
+    """The state of the model that is compiled, and why it has the policy that it has."""
+    module = root.module if root else None
+    family = family_of(module)
+    if options.policy is not None:
+        policy, origin = find(options.policy), "named in the options"
+    elif family is not None:
+        policy, origin = find(family.policy), f"preset for {type(module).__name__}"
+    else:
+        policy, origin = find("generic"), "default"
+    known = runtime.state_of_root(module) if module is not None else None
+    if known is not None and _same(known, policy, options):
+        return known, origin
+    convention = options.timestep.convention or (family.convention if family else None)
+    state = ModelState(module, policy, options, convention)
+    if module is not None:
+        if known is not None:
+            known.remove_hook()
+        runtime.remember_root(module, state)
+    return state, origin
+
+
+def _same(state: ModelState, policy: Policy, options: Options) -> bool:
+    """Whether a model's state serves these options too; its numbers may have been edited since."""
+    same_policy = options.policy == state.options.policy and (
+        runtime.structure_of(policy) == runtime.structure_of(state.policy)
+    )
+    return same_policy and options == state.options
+
+
+def _analyse(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) -> Analysis:
+    if root is not None and root.args is not None and not root.compiled:
+        state.observe(root.args, root.kwargs)
+    names = roots.argument_names(root.module) if root else []
+    return manager.analyse(
+        gm,
+        Hints(*state.hints()),
+        Limits(min_tokens=state.policy.limits.min_tokens),
+        names,
+        state.options.timestep.argument,
+    )
+
+
+def _report(analysis: Analysis, state: ModelState, origin: str) -> Report:
+    threaded = analysis.timestep is not None and state.convention is not None
+    notes = list(analysis.warnings)
+    if state.convention is None:
+        notes.append(
+            "the convention of this model's timestep is not known: every forward uses the policy's "
+            'densest row; state it with options={"timestep": {"convention": "flow"}}'
+        )
+    module = state.root
+    return Report(
+        model=type(module).__name__ if module is not None else "",
+        policy=state.policy.name,
+        policy_source=origin,
+        sites=sites_of(analysis),
+        timestep="an input of the graph" if threaded else "the arguments of the root module",
+        notes=notes,
+        _state=None,
+    )
+
+
+def _check(report: Report, options: Options) -> None:
+    """Warn, or raise with `strict`, where attention was left dense that should not be."""
+    left = [s for s in report.sites if not s.replaced and s.role in (Role.VIDEO, Role.JOINT)]
+    if options.strict and (left or not report.replaced):
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in left or report.sites)
+        raise StrictError(f"strict: attention was left dense: {reasons}")
+    if not report.replaced:
+        warn(f"fpsattn replaced nothing in this graph.\n{report}", NothingReplacedWarning, 2)
+    for note in report.notes:
+        warn(f"fpsattn: {note}", UserWarning, 2)
+
+
+def _compile(
+    analysis: Analysis,
+    example_inputs: Sequence[Any],
+    state: ModelState,
+    root: RunningModule | None,
+    report: Report,
+    patches: dict[str, Any],
+) -> Launcher:
+    threaded = state.convention if analysis.timestep is not None else None
+    rewritten = manager.apply(analysis, threaded)
+    timestep = analysis.timestep if rewritten.returns_rows else None
+    launcher = Launcher(rewritten, analysis.program, state, timestep, report)
+    weights = [example_inputs[t.weight.position] for t in analysis.targets if t.weight]
+    state.add_layers(weights)
+    for weight in weights:
+        runtime.remember(weight, state)
+    launcher.prepare()
+    if not rewritten.returns_rows and root is not None and not root.compiled:
+        state.install_hook()
+        if root.args is not None:
+            state.observe(root.args, root.kwargs)
+    report.attach(state)
+    structure = repr(sorted(runtime.structure_of(state.policy).items()))
+    user_hook = patches.get(HOOK, getattr(inductor_config, HOOK))
+    patches = {**patches, HOOK: CacheKey(structure, user_hook)}
+    fake_mode = TracingContext.get().fake_mode
+    assert fake_mode is not None
+    try:
+        launcher.compiled = compile_fx(
+            rewritten.module,
+            [*example_inputs, *launcher.example_inputs(fake_mode)],
+            config_patches=patches,
+        )
+    except (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedFakeTensorException,
+    ) as error:
+        # Dynamo takes these for a graph break, which would be eager execution without a word.
+        raise RuntimeError(f"fpsattn: the rewritten graph does not trace: {error}") from error
+    return launcher
+
+

@@ -1,0 +1,238 @@
+"""A rewritten and compiled graph, called with what its sites need: rows, table, lists.
+
+Runs before every call of a compiled graph, so it only looks things up; nothing is read from the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fpsc import roots, runtime
+from fpsc.passes.graph import Dim, Program, example
+from fpsc.passes.infer_grid import Found
+from fpsc.passes.rewrite import PLAN, PREFIX, Rewritten
+from fpsc.policy.resolve import MODES, PATTERNS, ROWS
+from fpsc.report import Report, log
+from fpsc.runtime import ModelState, Span
+
+_DYNAMIC = 5
+"""Hint for sizes that differ between models and grids; any number but 0 and 1, which are specialised."""
+
+
+@dataclass
+class _Bound:
+    """What a graph needs of one model and one set of layers."""
+
+    version: int
+    cells: Tensor
+
+
+class Launcher:
+    """Calls a compiled graph; finds out which model and which layers it is called for.
+
+    Args:
+        rewritten: the graph, and what it needs.
+        program: the graph before rewriting.
+        state: the model that it was compiled for. Other models may share the compiled code.
+        timestep: position of the timestep among the inputs, or None.
+        report: whose summary is logged after the first call.
+    """
+
+    def __init__(
+        self,
+        rewritten: Rewritten,
+        program: Program,
+        state: ModelState,
+        timestep: fx.Node | None,
+        report: Report,
+    ) -> None:
+        self.rewritten = rewritten
+        self.state = state
+        self.report = report
+        self.compiled: Callable[..., Any] | None = None
+        placeholders = program.placeholders
+        self._timestep = placeholders.index(timestep) if timestep is not None else None
+        self._weights = [t.weight.position if t.weight else None for t in rewritten.targets]
+        self._symbols = _symbol_positions(placeholders)
+        query = example(rewritten.targets[0].candidate.call.query)
+        assert isinstance(query, torch.Tensor)
+        self._heads = int(query.shape[1])
+        self._batch = query.shape[0] if isinstance(query.shape[0], int) else None
+        self._device = query.device
+        self._bound = WeakTensorKeyDictionary()
+        self._unbound: _Bound | None = None
+        self._first = True
+
+    def __call__(self, *args: Any) -> Any:
+        assert self.compiled is not None
+        state = self._state(args)
+        outputs = self.compiled(*args, *self._extra(state, args))
+        if self.rewritten.returns_rows:
+            *outputs, rows = outputs
+            assert self._timestep is not None
+            state.count(rows, args[self._timestep])
+        if self._first:
+            self._first = False
+            log.info("%s", self.report.summary())
+        return tuple(outputs)
+
+    # ---- for the first compilation
+
+    def prepare(self) -> None:
+        """Resolve the policy for this model, so that its errors come at compile time."""
+        self.state.table(self._heads, self._device)
+
+    def example_inputs(self, fake_mode: FakeTensorMode) -> list[Tensor]:
+        """Fake tensors for the appended inputs; sizes that a policy or a grid decides are dynamic."""
+        return [self._example(name, fake_mode) for name in self.rewritten.inputs]
+
+    def _example(self, name: str, fake_mode: FakeTensorMode) -> Tensor:
+        sizes: dict[str, tuple[list[int], list[int]]] = {  # shape, dynamic axes
+            "edges": ([ROWS], []),
+            "rows": ([self._batch or _DYNAMIC], [] if self._batch else [0]),
+            "cells": ([len(self._weights), ROWS, self._heads], []),
+            "modes": ([MODES, 2], []),
+            "list_ptr": ([PATTERNS, _DYNAMIC], [1]),
+            "list_idx": ([_DYNAMIC], [0]),
+            "gather": ([_DYNAMIC, 128], [0]),
+            "valid": ([_DYNAMIC], [0]),
+        }
+        shape, dynamic = sizes[name.partition(".")[0]]
+        dtype = torch.float32 if name == "edges" else torch.int32
+        axes = [
+            DimDynamic.DYNAMIC if axis in dynamic else DimDynamic.STATIC
+            for axis in range(len(shape))
+        ]
+        return fake_mode.from_tensor(
+            torch.empty(shape, dtype=dtype, device=self._device),
+            source=ConstantSource(PREFIX + name.replace(".", "_")),
+            symbolic_context=StatelessSymbolicContext(
+                dynamic_sizes=axes, constraint_sizes=[None] * len(shape)
+            ),
+        )
+
+    # ---- for every call
+
+    def _state(self, args: Sequence[Any]) -> ModelState:
+        """The model that this call belongs to: known by a weight among the inputs."""
+        position = self._weights[0]
+        if position is None:
+            return self.state
+        weight = args[position]
+        state = runtime.state_of(weight)
+        if state is None:
+            state = self._adopt(weight)
+            state.add_layers([args[p] for p in self._weights if p is not None])
+            for p in self._weights:
+                if p is not None:
+                    runtime.remember(args[p], state)
+        return state
+
+    def _adopt(self, weight: Tensor) -> ModelState:
+        """State for a model that shares compiled code, or whose parameters were replaced."""
+        running = roots.running_modules()
+        holding = [r for r in running if any(p is weight for p in r.module.parameters())]
+        root = roots.root_for(holding)
+        if root is None:
+            return self.state
+        state = runtime.state_of_root(root.module)
+        if state is None:
+            own = self.state
+            state = ModelState(root.module, own.policy, own.options, own.convention)
+            runtime.remember_root(root.module, state)
+            state.table(self._heads, self._device)
+            if not self.rewritten.returns_rows:
+                state.install_hook()
+                if root.args is not None:
+                    state.observe(root.args, root.kwargs)
+        return state
+
+    def _extra(self, state: ModelState, args: Sequence[Any]) -> list[Tensor]:
+        bound = self._bind(state, args)
+        table = state.table(self._heads, self._device)
+        tensors = {"edges": table.edges, "cells": bound.cells, "modes": table.modes}
+        if not self.rewritten.returns_rows:
+            rows = state.forward.rows
+            if rows is None or rows.device != self._device:
+                rows = state.fallback_rows(table)
+            tensors["rows"] = rows.expand(self._batch) if self._batch and len(rows) == 1 else rows
+        for index, found in enumerate(self.rewritten.spans):
+            plan = state.plan(self._span(state, found, args), self._device)
+            tensors.update({f"{name}.{index}": plan.tensors[name] for name in PLAN})
+        return [tensors[name] for name in self.rewritten.inputs]
+
+    def _bind(self, state: ModelState, args: Sequence[Any]) -> _Bound:
+        position = self._weights[0]
+        held = self._bound.get(args[position]) if position is not None else self._unbound
+        table = state.table(self._heads, self._device)
+        if held is not None and held.version == state.version:
+            return held
+        layers = [None if p is None else state.layer_of(args[p]) for p in self._weights]
+        held = _Bound(state.version, _cells_of(table, layers))
+        state.unknown_layers = None in layers
+        if position is None:
+            self._unbound = held
+        else:
+            self._bound[args[position]] = held
+        return held
+
+    def _span(self, state: ModelState, found: Found, args: Sequence[Any]) -> Span:
+        sizes = (*found.grid, found.prefix, found.suffix)
+        t, y, x, prefix, suffix = (self._value(size, args) for size in sizes)
+        if found.origin == "latent":  # the graph does not hold the grid: another may have as many tokens
+            grid = state.grid_for(t * y * x)
+            if grid is None:
+                raise RuntimeError(
+                    f"fpsattn: this attention has {t * y * x} video tokens, and the latent of this "
+                    f"forward gives grid {[list(g) for g in state.hints()[0]] or 'none'}; call the "
+                    'model through its root module, or state options={"grid": [T, Y, X]}'
+                )
+            t, y, x = grid
+        return Span((t, y, x), prefix, suffix)
+
+    def _value(self, size: Dim, args: Sequence[Any]) -> int:
+        if isinstance(size, int):
+            return size
+        values = {}
+        for symbol in size.free_symbols:
+            position, axis = self._symbols[symbol]
+            values[symbol] = int(args[position] if axis is None else args[position].size(axis))
+        return int(size.xreplace(values))
+
+
+def _cells_of(table: runtime.DeviceTable, layers: Sequence[int | None]) -> Tensor:
+    """int32 [len(layers), ROWS, H]: rows of these layers; of an unknown layer the densest row only."""
+    cells = table.cells
+    known = [layer for layer in layers if layer is not None]
+    first = known[0] if known else 0
+    if known == list(layers) == list(range(first, first + len(layers))):
+        return cells[first : first + len(layers)]  # a view: edits of the table reach it
+    dense = cells[:, table.table.densest]
+    fallback = dense[:1].unsqueeze(1).expand(1, cells.shape[1], cells.shape[2])
+    return torch.cat([fallback if i is None else cells[i : i + 1] for i in layers])
+
+
+def _symbol_positions(
+    placeholders: Sequence[fx.Node],
+) -> dict[sympy.Symbol, tuple[int, int | None]]:
+    """Where the value of every symbol of a graph can be read: an input, and the axis of a tensor."""
+    found: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    for position, node in enumerate(placeholders):
+        value = example(node)
+        sizes = list(enumerate(value.shape)) if isinstance(value, torch.Tensor) else [(None, value)]
+        for axis, size in sizes:
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                found.setdefault(size.node.expr, (position, axis))
+    return found
+
+

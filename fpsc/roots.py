@@ -1,0 +1,141 @@
+"""The model that a graph belongs to, found on the Python stack, and what its arguments say.
+
+A backend is given a graph, not a model. But it is called from inside the model's forward, so the model and
+the arguments of the running call are on the stack.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+
+from fpsc.passes.thread import TIMESTEP
+
+
+@dataclass
+class RunningModule:
+    """A module whose forward is on the stack, with the arguments of that call.
+
+    Attributes:
+        compiled: whether this very call is what Dynamo compiles now.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...] | None
+    kwargs: Mapping[str, Any]
+    compiled: bool = False
+
+
+def running_modules() -> list[RunningModule]:
+    """Modules whose forward is running now, outermost first, without wrappers of `torch.compile`."""
+    found: dict[int, RunningModule] = {}
+    for variables, compiled in _variables(sys._getframe(1)):
+        module = variables.get("self")
+        if not isinstance(module, nn.Module) or hasattr(module, "_orig_mod"):
+            continue
+        args, kwargs = variables.get("args"), variables.get("kwargs")
+        known = found.get(id(module))
+        if known is None:
+            known = found[id(module)] = RunningModule(module, None, {}, compiled)
+        if known.args is None and isinstance(args, tuple) and isinstance(kwargs, dict):
+            known.args, known.kwargs = args, kwargs
+    return list(reversed(found.values()))
+
+
+def _variables(frame: FrameType | None) -> Iterator[tuple[Mapping[str, Any], bool]]:
+    """Local variables of all frames, innermost first, with those of a frame that Dynamo compiles."""
+    while frame is not None:
+        variables = frame.f_locals
+        traced = variables.get("frame")  # Dynamo keeps the frame that it converts here
+        if hasattr(traced, "f_locals") and hasattr(traced, "f_code"):
+            yield traced.f_locals, True
+        yield variables, False
+        frame = frame.f_back
+
+
+def root_for(running: Sequence[RunningModule]) -> RunningModule | None:
+    """The outermost running module that takes a timestep, else the outermost one."""
+    for candidate in running:
+        if timestep_argument(candidate.module) is not None:
+            return candidate
+    return running[0] if running else None
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """Names of the positional arguments of a module's forward, without `self`."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in kinds]
+
+
+def timestep_argument(module: nn.Module, stated: str | None = None) -> str | None:
+    """Name of the argument of a module's forward that holds the timestep, or None."""
+    names = argument_names(module)
+    if stated is not None:
+        return stated if stated in names else None
+    return next((name for name in names if TIMESTEP.match(name)), None)
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call of a module's forward, by name."""
+    return {**dict(zip(argument_names(module), args, strict=False)), **kwargs}
+
+
+def latent_of(arguments: Mapping[str, Any]) -> Tensor | None:
+    """The video latent among the arguments: the first floating-point tensor with five axes."""
+    for value in arguments.values():
+        if isinstance(value, Tensor) and value.ndim == 5 and value.is_floating_point():
+            return value
+    return None
+
+
+def latent_grids(module: nn.Module, latent: Tensor) -> list[tuple[int, int, int]]:
+    """Token grids that a latent of this shape can have in a model, most certain first.
+
+    A 3D convolution that takes the latent's channels says it outright. Else the patch is unknown, and
+    every common patch that divides the latent is a candidate.
+    """
+    _, channels, *size = latent.shape
+    grids = []
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv3d) and layer.in_channels == channels:
+            shape = _convolved(layer, size)
+            if shape is not None and shape not in grids:
+                grids.append(shape)
+    if not grids:
+        for axes in ((2, 3, 4), (1, 3, 4)):  # [B, C, T, Y, X], then [B, T, C, Y, X]
+            t, y, x = (int(latent.shape[a]) for a in axes)
+            for patch_t in (1, 2):
+                for patch in (1, 2, 4):
+                    if t % patch_t == 0 and y % patch == 0 and x % patch == 0:
+                        grids.append((t // patch_t, y // patch, x // patch))
+    return grids
+
+
+def _convolved(layer: nn.Conv3d, size: Sequence[int]) -> tuple[int, int, int] | None:
+    if isinstance(layer.padding, str):
+        return None
+    sizes = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(
+            size, layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
+        )
+    ]
+    return (sizes[0], sizes[1], sizes[2]) if min(sizes) > 0 else None
+
+
+def owner_of(parameter: Tensor) -> nn.Module | None:
+    """The outermost running module that holds a parameter, or None."""
+    for candidate in running_modules():
+        if any(p is parameter for p in candidate.module.parameters()):
+            return candidate.module
+    return None

@@ -1,0 +1,129 @@
+"""The passes in their order, from a Dynamo graph to a rewritten one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from fpsc.passes.graph import Program, example, module_path, product
+from fpsc.passes.infer_grid import Found, Hints, infer_grid
+from fpsc.passes.match import Candidate, match
+from fpsc.passes.normalise import find_attention
+from fpsc.passes.rewrite import Rewritten, Target, rewrite
+from fpsc.passes.thread import find_timestep, layer_weight
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be replaced, from the policy and from what the kernels can do.
+
+    Attributes:
+        min_tokens: shorter video spans stay dense.
+        head_dims: smallest and largest head_dim that the kernels take.
+    """
+
+    min_tokens: int = 0
+    head_dims: tuple[int, int] = (16, 256)
+
+
+@dataclass
+class Analysis:
+    """All attention of a graph, and which of it will be replaced.
+
+    Attributes:
+        decisions: for every candidate the reason why it stays dense, or the target that replaces it.
+        timestep: the graph's timestep input, if it has one.
+    """
+
+    program: Program
+    candidates: list[Candidate]
+    decisions: list[Target | str]
+    timestep: fx.Node | None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def targets(self) -> list[Target]:
+        return [d for d in self.decisions if isinstance(d, Target)]
+
+
+def analyse(
+    module: fx.GraphModule,
+    hints: Hints | None = None,
+    limits: Limits | None = None,
+    argument_names: Sequence[str] = (),
+    timestep: str | None = None,
+) -> Analysis:
+    """Find and classify every attention of a graph; changes nothing.
+
+    Args:
+        module: the graph that Dynamo hands to a backend.
+        hints: what is known of the grid from outside.
+        limits: what may be replaced.
+        argument_names: positional arguments of the compiled module, without `self`.
+        timestep: name of the argument that holds the timestep, where the user states it.
+    """
+    program = Program(module)
+    candidates = match(program, find_attention(program))
+    grids = infer_grid(program, candidates, hints or Hints())
+    decisions = [
+        _decide(program, candidate, found, limits or Limits())
+        for candidate, found in zip(candidates, grids, strict=True)
+    ]
+    _one_head_count(decisions)
+    found = find_timestep(program, argument_names, timestep)
+    return Analysis(program, candidates, decisions, found)
+
+
+def _one_head_count(decisions: list[Target | str]) -> None:
+    """A table has one number of heads: sites with another number stay dense."""
+    heads = [_heads(d) if isinstance(d, Target) else None for d in decisions]
+    counts = Counter(h for h in heads if h is not None)
+    if len(counts) > 1:
+        most = counts.most_common(1)[0][0]
+        for i, count in enumerate(heads):
+            if count not in (None, most):
+                decisions[i] = f"{count} heads, where most sites of this graph have {most}"
+
+
+def _heads(target: Target) -> int:
+    query = example(target.candidate.call.query)
+    assert isinstance(query, torch.Tensor)
+    return int(query.shape[1])
+
+
+def _decide(
+    program: Program, candidate: Candidate, found: Found | str, limits: Limits
+) -> Target | str:
+    if isinstance(found, str):
+        return found
+    call = candidate.call
+    assert call.query is not None
+    query = example(call.query)
+    assert isinstance(query, torch.Tensor)
+    tokens, head_dim = product(found.grid), int(query.shape[-1])
+    if isinstance(tokens, int) and tokens < limits.min_tokens:
+        return f"{tokens} video tokens, fewer than limits.min_tokens {limits.min_tokens} of the policy"
+    low, high = limits.head_dims
+    if not low <= head_dim <= high:
+        return f"head_dim {head_dim}; the kernels take {low} to {high}"
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{query.dtype}; the kernels take float32, bfloat16 and float16"
+    return Target(candidate, found, layer_weight(program, call.query))
+
+
+def apply(analysis: Analysis, convention: str | None) -> Rewritten:
+    """Rewrite a graph as analysed.
+
+    Args:
+        convention: how the timestep becomes a noise level; None when it is not known.
+    """
+    return rewrite(analysis.program, analysis.targets, analysis.timestep, convention)
+
+
+def path_of(candidate: Candidate) -> str:
+    """Where an attention stands in the model, for people."""
+    return module_path(candidate.call.node) or candidate.call.node.name

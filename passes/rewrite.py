@@ -1,0 +1,201 @@
+"""Pass 5: one `fpsc::attention` node for every site, and the inputs that it needs.
+
+The graph is copied, never changed in place: Dynamo goes on using the one it made. New inputs are appended
+after the existing ones, and through the bodies of checkpoint regions down to the sites inside them.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+import fpsc.kernels.ops
+import fpsc.kernels.rows  # noqa: F401  both register the ops that are inserted here
+from fpsc.passes.graph import Body, Program, example
+from fpsc.passes.infer_grid import Found
+from fpsc.passes.match import Candidate
+from fpsc.passes.thread import Weight
+
+TABLE = ("cells", "modes")
+PLAN = ("list_ptr", "list_idx", "gather", "valid")
+PREFIX = "fpsc_"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A site to be replaced: what it is, where its video is, which weight names its layer."""
+
+    candidate: Candidate
+    found: Found
+    weight: Weight | None
+
+
+@dataclass
+class Rewritten:
+    """A rewritten graph and what its caller must add to every call.
+
+    Attributes:
+        inputs: names of the inputs that were appended, in order: `edges` or `rows`; `cells`, `modes`;
+            and for every span i `list_ptr.i`, `list_idx.i`, `gather.i`, `valid.i`.
+        spans: the different (grid, prefix, suffix) of the sites.
+        targets: the sites, in the order of the first axis of `cells`.
+        returns_rows: whether the graph returns its noise rows after its own outputs.
+    """
+
+    module: fx.GraphModule
+    inputs: list[str]
+    spans: list[Found]
+    targets: list[Target]
+    returns_rows: bool
+
+
+def rewrite(
+    program: Program, targets: list[Target], timestep: fx.Node | None, convention: str | None
+) -> Rewritten:
+    """Replace every target by `fpsc::attention`.
+
+    Args:
+        timestep: the input that holds the timestep, or None to take the rows from the caller.
+        convention: how a timestep becomes a noise level (`fpsc.kernels.rows`); needed with `timestep`.
+    """
+    spans: list[Found] = []
+    for target in targets:
+        if target.found not in spans:
+            spans.append(target.found)
+    threaded = timestep is not None and convention is not None
+    inputs = ["edges" if threaded else "rows", *TABLE]
+    inputs += [f"{name}.{i}" for i in range(len(spans)) for name in PLAN]
+    writer = _Writer(program, targets, spans)
+    module = writer.copy(program.root, inputs, timestep if threaded else None, convention)
+    return Rewritten(module, inputs, spans, targets, returns_rows=threaded)
+
+
+class _Writer:
+    def __init__(self, program: Program, targets: list[Target], spans: list[Found]) -> None:
+        self.program = program
+        self.spans = spans
+        self.targets = {t.candidate.call.node: (i, t) for i, t in enumerate(targets)}
+
+    def copy(
+        self, body: Body, inputs: list[str], timestep: fx.Node | None = None,
+        convention: str | None = None,
+    ) -> fx.GraphModule:
+        """A copy of one graph with its sites replaced and `inputs` appended."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        result = graph.graph_copy(body.graph, copied)
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        # `graph_copy` does not copy the output node, so nodes go where the last placeholder ends.
+        anchor = placeholders[-1] if placeholders else graph._root
+        values: dict[str, fx.Node] = {}
+        for name in inputs:
+            with graph.inserting_after(anchor):
+                anchor = values[name] = graph.placeholder(PREFIX + name.replace(".", "_"))
+        if timestep is not None:
+            with graph.inserting_after(anchor):
+                values["rows"] = graph.call_function(
+                    torch.ops.fpsc.noise_rows.default,
+                    (copied[timestep], values["edges"], convention),
+                )
+                values["rows"].meta["example_value"] = _rows_example(timestep)
+        children: dict[str, fx.GraphModule] = {}
+        for original, node in copied.items():
+            if original in self.targets:
+                self._replace(graph, node, original, values)
+        for child in self.program.bodies:
+            if child.parent is body and self._holds_site(child):
+                assert child.call is not None
+                names = [n for n in values if n != "edges"]
+                children[child.attribute] = self.copy(child, names)
+                call = copied[child.call]
+                call.args = (*call.args, *(values[n] for n in names))
+        if timestep is not None:
+            result = (*_as_tuple(result), values["rows"])
+        graph.output(result)
+        module = fx.GraphModule(body.module, graph)
+        module.meta = body.module.meta
+        for attribute, child_module in children.items():
+            setattr(module, attribute, child_module)
+        graph.lint()
+        return module
+
+    def _holds_site(self, body: Body) -> bool:
+        return any(
+            self.program.body_of[node] is body for node in self.targets
+        ) or any(b.parent is body and self._holds_site(b) for b in self.program.bodies)
+
+    def _replace(
+        self, graph: fx.Graph, node: fx.Node, original: fx.Node, values: dict[str, fx.Node]
+    ) -> None:
+        site, target = self.targets[original]
+        call, span = target.candidate.call, self.spans.index(target.found)
+        query, key, value = node_arguments(node)
+        out_example = example(original)
+        assert isinstance(out_example, torch.Tensor)
+        scale = call.scale if call.scale is not None else _default_scale(out_example)
+        with graph.inserting_before(node):
+            mask = None
+            if target.candidate.key_mask is not None:
+                mask = _key_mask(graph, node, out_example)
+            both = graph.call_function(
+                torch.ops.fpsc.attention.default,
+                (
+                    query,
+                    key,
+                    value,
+                    values["rows"],
+                    values["cells"],
+                    values["modes"],
+                    *(values[f"{name}.{span}"] for name in PLAN),
+                    mask,
+                    scale,
+                    site,
+                ),
+            )
+            out = graph.call_function(operator.getitem, (both, 0))
+            both.meta.update(_site_meta(original), example_value=(out_example, out_example[..., 0]))
+            out.meta.update(_site_meta(original), example_value=out_example)
+            if out_example.is_contiguous() and any(u.target == "view" for u in node.users):
+                # A `view` was traced on [B, H, N, D] memory; ours is [B, N, H, D].
+                out = graph.call_method("contiguous", (out,))
+                out.meta.update(_site_meta(original), example_value=out_example)
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
+
+
+def node_arguments(node: fx.Node) -> list[fx.Node]:
+    """query, key and value of an SDPA node, however they were passed."""
+    named = ("query", "key", "value")
+    return [node.args[i] if len(node.args) > i else node.kwargs[n] for i, n in enumerate(named)]  # type: ignore[misc]
+
+
+def _key_mask(graph: fx.Graph, node: fx.Node, out: torch.Tensor) -> fx.Node:
+    """[B or 1, 1, 1, N] as it stands in the graph, as [B or 1, N]."""
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs["attn_mask"]
+    flat = graph.call_function(operator.getitem, (mask, (slice(None), 0, 0)))
+    value = example(mask)
+    assert isinstance(value, torch.Tensor)
+    flat.meta["example_value"] = value[:, 0, 0]
+    return flat
+
+
+def _site_meta(original: fx.Node) -> dict[str, object]:
+    return {k: original.meta[k] for k in ("nn_module_stack", "stack_trace") if k in original.meta}
+
+
+def _default_scale(query: torch.Tensor) -> float:
+    return float(int(query.shape[-1])) ** -0.5
+
+
+def _rows_example(timestep: fx.Node) -> torch.Tensor:
+    value = example(timestep)
+    assert isinstance(value, torch.Tensor)
+    flat = value.reshape(-1) if value.ndim == 0 else value.flatten(1)[:, 0] if value.ndim > 1 else value
+    return flat.to(torch.int32)
+
+
+def _as_tuple(result: object) -> tuple[object, ...]:
+    return tuple(result) if isinstance(result, list | tuple) else (result,)
