@@ -20,6 +20,20 @@ from .load import Policy
 from .patterns import Pattern, fraction, lists, pattern_of
 from .schema import MODES, ROWS, NoiseRange, Span, edges
 
+__all__ = [
+    "MODES",
+    "PATTERNS",
+    "ROWS",
+    "TOLERANCE",
+    "Cell",
+    "Plan",
+    "Table",
+    "plan",
+    "resolve",
+    "row_index",
+    "structure_key",
+]
+
 PATTERNS = MODES
 """Rows of a plan's list pointers: at most one pattern a mode."""
 

@@ -358,7 +358,9 @@ def _problem(document: Document, error: dict[str, Any]) -> Problem:
         expected = "a mapping with " + listed(f.alias or n for n, f in here.model_fields.items())
     choices = [c for c in get_args(here) if isinstance(c, str)]
     guess = nearest(found, choices) if isinstance(found, str) else ""
-    return document.problem(path, f"expected {expected}, found {shown(found)}{guess}")
+    message = f"expected {expected}, found {shown(found)}{guess}"
+    # Where nothing stands, YAML's position is that of the next thing: point at the key.
+    return document.problem(path, message, at=path if found is None else None)
 
 
 def _is_planned(error: dict[str, Any]) -> bool:
