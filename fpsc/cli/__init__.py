@@ -7,6 +7,7 @@ import typer
 from fpsc.cli.errors import reports_errors
 from fpsc.cli.inspect import inspect
 from fpsc.cli.version import installed, version
+from fpsc.demo.command import demo
 
 app = typer.Typer(
     name="fpsc",
@@ -15,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, version):
+for command in (demo, inspect, version):
     app.command()(reports_errors(command))
 
 

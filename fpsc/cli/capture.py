@@ -1,6 +1,10 @@
 """What Dynamo hands to a backend, for a model whose tensors are all on the meta device."""
 
+import logging
+import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +40,7 @@ def capture(model: torch.nn.Module, inputs: dict[str, Any]) -> Capture:
     counters = torch._dynamo.utils.counters
     counters.clear()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             torch.compile(model, backend=keep)(**inputs)
     except Exception as error:  # whatever the model or the tracer raised is the answer
         found.problem = _first_line(error)
@@ -48,9 +52,23 @@ def _breaks(counted: dict[Any, int]) -> dict[str, int]:
     return {str(reason).strip().splitlines()[0]: times for reason, times in counted.items()}
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging the traceback of an error that the caller reports."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+
+
 def _first_line(error: BaseException) -> str:
-    """The innermost cause's first line: what is around it is the compiler's own trace."""
+    """What went wrong, in one line: what is around it is the compiler's own trace."""
     while error.__cause__ is not None:
         error = error.__cause__
+    # Dynamo wraps an operator's error: "got RuntimeError('The size of tensor ...')".
+    if inner := re.search(r"\bgot (\w+)\((['\"])(.+?)\2\)", str(error), re.DOTALL):
+        return f"{inner[1]}: {inner[3]}".splitlines()[0]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

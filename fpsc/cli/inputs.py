@@ -188,13 +188,14 @@ def example_inputs(
     *,
     grid: TokenGrid,
     batch: int,
-    text_tokens: int,
+    text_tokens: int | None,
     dtype: torch.dtype,
     given: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for `model.forward`, on the meta device.
 
-    `given` holds the user's own values; they replace the rules.
+    `text_tokens` of None is the length that the configuration names, else 512. `given` holds the
+    user's own values; they replace the rules.
 
     Raises:
         UserError: forward needs an argument that no rule covers, or has no such argument.
@@ -209,6 +210,8 @@ def example_inputs(
             + ", ".join(sorted(accepts))
         )
     config = dict(getattr(model, "config", {}))
+    if text_tokens is None:
+        text_tokens = config.get("max_text_seq_length") or config.get("max_sequence_length") or 512
     request = _Request(name, config, accepts, grid, batch, text_tokens, dtype)
     inputs: dict[str, Any] = {}
     for argument in parameters:

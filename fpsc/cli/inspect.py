@@ -9,8 +9,9 @@ import typer
 from fpsc.cli.errors import NOTHING_FOUND, UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from fpsc.cli.capture import Capture
-    from fpsc.cli.model import ModelSpec
     from fpsc.grid import TokenGrid
     from fpsc.report import Site
 
@@ -34,13 +35,18 @@ def inspect(
         str | None,
         typer.Option(help="With a class name: a JSON file or inline JSON; else its defaults."),
     ] = None,
-    policy: Annotated[str, typer.Option(help="Name or file of the policy to judge by.")] = "generic",
+    policy: Annotated[
+        str | None,
+        typer.Option(help="Name or file of the policy to judge by; default: the family's."),
+    ] = None,
     grid: Annotated[str | None, typer.Option(help="Token grid T,Y,X.", metavar="T,Y,X")] = None,
     frames: Annotated[int | None, typer.Option(help="Video frames, with height and width.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     batch: Annotated[int, typer.Option(min=1)] = 1,
-    text_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    text_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: what the model was trained on, or 512.")
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and latents.")] = Dtype.bfloat16,
     input: Annotated[
         list[str] | None,
@@ -62,9 +68,10 @@ def inspect(
     from fpsc.cli.table import Inspection, as_json, show
 
     spec = find_model(model, config)
-    tokens = _grid(spec, grid, frames, height, width)
     torch_dtype = _torch_dtype(dtype)
     built = build(spec, torch_dtype)
+    policy = _policy(policy, built)
+    tokens = _grid(built, grid, frames, height, width)
     inputs = example_inputs(
         built,
         grid=tokens,
@@ -77,7 +84,7 @@ def inspect(
     if not captured.graphs:
         raise UserError(
             f"{spec.class_name} did not run on the example inputs ({captured.problem}); "
-            "set its arguments with --input NAME=SHAPE[:DTYPE]"
+            "if an argument is to blame, set it with --input NAME=SHAPE[:DTYPE]"
         )
     found = Inspection(
         class_name=spec.class_name,
@@ -105,7 +112,7 @@ def _torch_dtype(dtype: Dtype) -> Any:
 
 
 def _grid(
-    spec: "ModelSpec",
+    model: "torch.nn.Module",
     grid: str | None,
     frames: int | None,
     height: int | None,
@@ -129,15 +136,33 @@ def _grid(
     if missing:
         raise UserError(f"{', '.join(missing)} missing: a clip has frames, height and width")
     assert frames is not None and height is not None and width is not None
-    return grid_of_video(spec.class_name, spec.config, frames=frames, height=height, width=width)
+    config: Any = model.config
+    return grid_of_video(
+        type(model).__name__, dict(config), frames=frames, height=height, width=width
+    )
 
 
 def _analyse(captured: "Capture", policy: str) -> "list[tuple[int, Site]]":
     """(graph, site) for every attention, in the order of the graphs."""
-    from fpsc.passes.manager import analyse
+    from fpsc.backend import analyse_graph
 
     return [
         (number, site)
         for number, gm in enumerate(captured.graphs)
-        for site in analyse(gm, {"policy": policy}).sites
+        for site in analyse_graph(gm, {"policy": policy}).sites
     ]
+
+
+def _policy(name: str | None, model: "torch.nn.Module") -> str:
+    """What the backend would take: the policy that is named, or the one for the model's family."""
+    from fpsc.families import family_of
+    from fpsc.policy import PolicyError, find
+
+    if name is None:
+        family = family_of(model)
+        name = family.policy if family else "generic"
+    try:
+        find(name)
+    except PolicyError as error:
+        raise UserError(str(error)) from error
+    return name

@@ -115,7 +115,7 @@ def _parse(config: str) -> dict[str, Any]:
         return _load(config, "--config")
     path = Path(config).expanduser()
     if not path.is_file():
-        raise UserError(f"--config {config}: neither a file nor inline JSON (which starts with '{{')")
+        raise UserError(f"--config {config}: neither a file nor inline JSON, as '{{...}}'")
     return _load(path.read_text(encoding="utf-8"), str(path))
 
 
@@ -143,11 +143,15 @@ def _with_class(values: dict[str, Any], origin: str) -> ModelSpec:
 def _from_hub(repo: str) -> ModelSpec:
     """Fetch one small JSON file; no weights and no code."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for name in reversed(_CONFIGS):
         try:
             return _from_file(Path(hf_hub_download(repo, name)))
+        except LocalEntryNotFoundError as error:  # no network, and not in the local cache
+            raise UserError(
+                f"{repo} is not a file or a folder here, and the hub cannot be reached"
+            ) from error
         except EntryNotFoundError:
             continue
         except Exception as error:  # offline, gated, absent: the library has a class for each

@@ -1,5 +1,6 @@
 """How `fpsc inspect` shows what it found: a table for people, one object for programs."""
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +55,10 @@ def as_json(found: Inspection) -> dict[str, Any]:
                 "replaced": site.replaced,
                 "reason": site.reason,
                 "grid": None if site.grid is None else list(site.grid),
-                "q_shape": [str(size) if not isinstance(size, int) else size for size in shape],
+                "grid_source": site.grid_source,
+                "q_shape": list(site.q_shape),
             }
             for graph, site in found.sites
-            for shape in [site.q_shape or ()]
         ],
     }
 
@@ -102,7 +103,8 @@ def _rows(found: Inspection, every: bool) -> list[tuple[Row, list[str]]]:
     for _, site in found.sites:
         shape = "x".join(map(str, site.q_shape)) if site.q_shape else ""
         grid = "x".join(map(str, site.grid)) if site.grid else ""
-        row = (str(site.role), shape, grid, site.replaced, site.reason)
+        why = f"grid from the {site.grid_source}" if site.replaced else site.reason
+        row = (str(site.role), shape, grid, site.replaced, why)
         if every or row not in place:
             place[row] = len(rows)
             rows.append((row, []))
@@ -111,7 +113,11 @@ def _rows(found: Inspection, every: bool) -> list[tuple[Row, list[str]]]:
 
 
 def _names(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
+    """One line for names that differ only in their numbers, `blocks.*.attn1 (40)`."""
+    if len(names) == 1:
+        return names[0]
+    kinds = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+    return f"{', '.join(kinds)} ({len(names)})"
 
 
 def _count(number: int, noun: str) -> str:
