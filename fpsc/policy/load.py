@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from ..grid import TileShape, plan_tile
 from . import document as doc
+from .check import validate
 from .errors import PolicyError, Problem, listed, nearest
-from .schema import Limits, Mode, Phase, PolicySpec, Rule, Tuned, validate
+from .schema import Limits, Mode, Phase, PolicySpec, Rule, Tuned
 
 
 class Policy:

@@ -18,7 +18,8 @@ import torch
 from ..grid import BLOCK, Layout, TileShape, TokenGrid, from_numpy, tile_grid
 from .load import Policy
 from .patterns import Pattern, fraction, lists, pattern_of
-from .schema import MODES, ROWS, NoiseRange, Span, edges
+from .schema import MODES, ROWS, edges
+from .values import NoiseRange, Span
 
 __all__ = [
     "MODES",

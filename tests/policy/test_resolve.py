@@ -15,7 +15,7 @@ from fpsc.grid import layout
 from fpsc.policy import Policy, PolicyError, Table, find, plan, resolve, row_index
 from fpsc.policy.patterns import lists
 from fpsc.policy.resolve import MODES, PATTERNS, ROWS
-from fpsc.policy.schema import NoiseRange
+from fpsc.policy.values import NoiseRange
 
 LAYERS, HEADS = 5, 4
 MODE_NAMES = ["dense", "half", "window", "half8"]
