@@ -42,7 +42,8 @@ def start_noise(seed: int) -> torch.Tensor:
     return torch.from_numpy(drawn.astype(np.float32))
 
 
-@torch.inference_mode()
+# Not inference_mode: what it makes differs from the first noise in a way that compiled code guards.
+@torch.no_grad()
 def sample(
     model: Callable[..., Any],
     text: torch.Tensor,
@@ -94,8 +95,8 @@ def generate(
     compiled = torch.compile(model, **compile_options)
     on_step(f"{label}: compiling", 0, steps)
     began = time.perf_counter()
-    with torch.inference_mode():
-        # Timesteps have the dtype of the scheduler's, or the first step would compile again.
+    with torch.no_grad():
+        # int64 as the scheduler's timesteps are, or the first step would compile again.
         compiled(noise, torch.tensor([TRAIN_TIMESTEPS - 1]), text[None], return_dict=False)
     compiled_at = time.perf_counter()
     clip = sample(

@@ -67,7 +67,7 @@ class Recipe:
     zero. Matrices of the blocks are trained by Muon, everything else by AdamW.
     """
 
-    stages: tuple[Stage, ...] = (Stage(4, 8, 2600), Stage(8, 4, 600), Stage(16, 2, 1700))
+    stages: tuple[Stage, ...] = (Stage(4, 8, 1200), Stage(8, 4, 300), Stage(16, 2, 2500))
     heads: int = 3
     head_dim: int = 64
     layers: int = 6

@@ -1,0 +1,160 @@
+"""Sampling, both sides of a run, and the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from typer.testing import CliRunner
+
+import fpsc
+from fpsc.cli import app
+from fpsc.demo.clips import COLOURS, EXAMPLE, encode_prompt, parse_prompt
+from fpsc.demo.model import (
+    CODEC_MEAN,
+    CODEC_STD,
+    build_model,
+    decode_clip,
+    encode_clip,
+    load_model,
+    save_model,
+)
+from fpsc.demo.run import generate, run, sample, start_noise
+
+SCENE = parse_prompt(EXAMPLE)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of untrained weights with one layer, whose output is not zero."""
+    torch.manual_seed(0)
+    model = build_model(heads=1, layers=1, ffn_dim=32)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.05)
+    folder = tmp_path_factory.mktemp("weights")
+    save_model(model, folder)
+    return folder
+
+
+def test_codec_is_exact_and_clamps() -> None:
+    rgb = torch.rand(3, 2, 4, 4) * 2 - 1
+    torch.testing.assert_close(decode_clip(encode_clip(rgb)), rgb)
+    assert encode_clip(torch.tensor(CODEC_MEAN)).item() == pytest.approx(0)
+    assert decode_clip(torch.tensor(10 / CODEC_STD)).item() == 1
+
+
+def test_weights_are_stored_in_bfloat16_and_loaded_in_float32(weights: Path) -> None:
+    model = load_model(weights)
+    assert isinstance(model, WanTransformer3DModel) and not model.training
+    for value in model.state_dict().values():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, value.bfloat16().float())
+    with pytest.raises(FileNotFoundError, match=r"fpsc\.demo\.train"):
+        load_model(weights / "nowhere")
+
+
+def test_a_model_that_knows_the_answer_samples_it() -> None:
+    """The scheduler takes clean predictions: one that is right from the start is what comes out."""
+    answer = torch.rand(1, 3, 2, 8, 8) * 1.6 - 0.8
+    noise = torch.randn(answer.shape)
+    clip = sample(
+        lambda *args, **kwargs: (encode_clip(answer),), encode_prompt(SCENE), noise, steps=8
+    )
+    torch.testing.assert_close(clip, answer[0], rtol=0, atol=1e-3)
+
+
+def test_the_first_latent_is_the_noise_and_levels_fall() -> None:
+    seen: list[tuple[float, torch.Tensor]] = []
+
+    def model(latent: torch.Tensor, timestep: torch.Tensor, *args: object, **kwargs: object):
+        seen.append((float(timestep), latent))
+        return (latent * 0,)
+
+    noise, done = torch.randn(1, 3, 2, 4, 4), []
+    sample(model, encode_prompt(SCENE), noise, steps=6, on_step=done.append)
+    assert torch.equal(seen[0][1], noise)
+    levels = [level for level, _ in seen]
+    assert levels[0] == 999 and levels == sorted(levels, reverse=True) and levels[-1] > 0
+    assert done == [1, 2, 3, 4, 5, 6]
+
+
+def test_sampling_is_deterministic(weights: Path) -> None:
+    model, text = load_model(weights), encode_prompt(SCENE)
+    noise = start_noise(4)[:, :, :2, :16, :16]
+    first, again = (sample(model, text, noise, 3) for _ in range(2))
+    assert torch.equal(first, again)
+    other = sample(model, text, start_noise(5)[:, :, :2, :16, :16], 3)
+    assert not torch.equal(first, other)
+
+
+def test_sampling_compiles_once(weights: Path) -> None:
+    """The forward that is timed as compilation has the very types of those that follow."""
+    compiled = 0
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        nonlocal compiled
+        compiled += 1
+        return gm.forward
+
+    labels = []
+    torch.compiler.reset()
+    noise = start_noise(0)[:, :, :2, :16, :16].contiguous()
+    side = generate(
+        "dense",
+        load_model(weights),
+        encode_prompt(SCENE),
+        noise,
+        4,
+        lambda label, done, total: labels.append((label, done, total)),
+        backend=backend,
+    )
+    assert compiled == 1
+    assert labels[0] == ("dense: compiling", 0, 4) and labels[-1] == ("dense: sampling", 4, 4)
+    assert side.clip.shape == (3, 2, 16, 16)
+    assert side.compile_seconds > 0 and side.sample_seconds > 0
+    expected = sample(load_model(weights), encode_prompt(SCENE), noise, 4)
+    torch.testing.assert_close(side.clip, expected, rtol=0, atol=1e-4)
+
+
+def test_a_run_from_end_to_end(weights: Path, tmp_path: Path) -> None:
+    """Both sides for real, with one layer: Inductor, the match and the policy's phases."""
+    result = run(SCENE, 0, 4, tmp_path / "new" / "folder", weights=weights)
+    assert result.replaced == 1
+    (report,) = result.reports
+    assert [site.role for site in report.sites if site.replaced] == ["video"]
+    # 4 steps and the forward that compiled.
+    assert sum(phase.forwards for phase in report.phases) == 5
+    found = json.loads((tmp_path / "new" / "folder" / "demo.json").read_text())
+    assert found == json.loads(json.dumps(result.as_dict()))
+    assert found["prompt"] == EXAMPLE and found["psnr_db"] == pytest.approx(result.psnr, abs=0.01)
+    # Sparse and FP8 differ from dense, and not by much.
+    assert 15 < found["psnr_db"] < 80 and 0.5 < found["ssim"] <= 1
+    assert not torch.equal(result.dense.clip, result.fast.clip)
+    for path in result.files:
+        assert path.stat().st_size > 0
+    assert len(fpsc.reports()) == 1
+
+
+def test_a_prompt_outside_the_language_names_the_vocabulary(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["demo", "--prompt", "a cat", "--out", str(out)])
+    assert done.exit_code == 2
+    assert "'cat'" in done.stderr
+    for word in COLOURS:
+        assert word in done.stderr
+    assert not out.exists()
+    done = CliRunner().invoke(app, ["demo", "--prompt", "a cat", "--out", str(out), "--json"])
+    assert done.exit_code == 2
+    assert "'cat'" in json.loads(done.stdout)["error"]
+
+
+def test_a_folder_that_cannot_be_written_is_said_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "file" / "below")])
+    assert done.exit_code == 2
+    assert "--out" in done.stderr
+
+
+@pytest.mark.parametrize("bad", [["--steps", "0"], ["--seed", "-1"]])
+def test_numbers_out_of_range(bad: list[str]) -> None:
+    assert CliRunner().invoke(app, ["demo", *bad]).exit_code == 2

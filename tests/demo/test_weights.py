@@ -1,0 +1,52 @@
+"""The weights that ship: size, format, and the validation loss that is written beside them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from fpsc.demo.clips import EXAMPLE, encode_prompt, parse_prompt
+from fpsc.demo.model import GRID, load_model, shipped_weights
+from fpsc.demo.train import Recipe, validation_loss
+
+FOLDER = shipped_weights()
+REPORT = json.loads((FOLDER / "validation.json").read_text())
+
+
+def test_size_and_shape() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8e6
+    t, y, x = GRID
+    assert t * y * x >= 2048
+    config = WanTransformer3DModel.load_config(FOLDER)
+    assert config["attention_head_dim"] >= 64
+    assert config["num_layers"] == Recipe().layers
+
+
+def test_they_come_from_the_recipe_of_this_code() -> None:
+    assert json.loads(json.dumps(vars(Recipe()), default=vars)) == REPORT["recipe"]
+    assert REPORT["command"].startswith("python -m fpsc.demo.train --out")
+
+
+def test_validation_loss_is_repeated() -> None:
+    recipe = Recipe()
+    table = validation_loss(load_model(), 1, recipe.validation_sigmas, recipe.sigma_floor)
+    np.testing.assert_allclose(table, REPORT["validation_table"][:1], rtol=0.01)
+    assert REPORT["validation_loss"] == pytest.approx(np.mean(REPORT["validation_table"]))
+    assert len(REPORT["validation_table"]) == recipe.validation_clips
+
+
+def test_the_prompt_matters() -> None:
+    """On pure noise the model draws the colours of the sentence: red in front, or green."""
+    model = load_model()
+    noise = torch.randn(1, 3, 16, 64, 64, generator=torch.Generator().manual_seed(0))
+    greenish = []
+    for colour in ("red", "green"):
+        scene = parse_prompt(EXAMPLE.replace("red", colour))
+        with torch.inference_mode():
+            clean = model(
+                noise, torch.tensor([999.0]), encode_prompt(scene)[None], return_dict=False
+            )[0]
+        greenish.append((clean[:, 1] - clean[:, 0]).mean())
+    assert greenish[1] > greenish[0] + 0.02
