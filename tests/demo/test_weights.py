@@ -1,6 +1,7 @@
 """The weights that ship: size, format, and the validation loss that is written beside them."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,12 @@ from fpsc.demo.model import GRID, load_model, shipped_weights
 from fpsc.demo.train import Recipe, validation_loss
 
 FOLDER = shipped_weights()
-REPORT = json.loads((FOLDER / "validation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """What the training command wrote beside the weights."""
+    return json.loads((FOLDER / "validation.json").read_text())
 
 
 def test_size_and_shape() -> None:
@@ -24,17 +30,17 @@ def test_size_and_shape() -> None:
     assert config["num_layers"] == Recipe().layers
 
 
-def test_they_come_from_the_recipe_of_this_code() -> None:
-    assert json.loads(json.dumps(vars(Recipe()), default=vars)) == REPORT["recipe"]
-    assert REPORT["command"].startswith("python -m fpsc.demo.train --out")
+def test_they_come_from_the_recipe_of_this_code(report: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(vars(Recipe()), default=vars)) == report["recipe"]
+    assert report["command"].startswith("python -m fpsc.demo.train --out")
 
 
-def test_validation_loss_is_repeated() -> None:
+def test_validation_loss_is_repeated(report: dict[str, Any]) -> None:
     recipe = Recipe()
     table = validation_loss(load_model(), 1, recipe.validation_sigmas, recipe.sigma_floor)
-    np.testing.assert_allclose(table, REPORT["validation_table"][:1], rtol=0.01)
-    assert REPORT["validation_loss"] == pytest.approx(np.mean(REPORT["validation_table"]))
-    assert len(REPORT["validation_table"]) == recipe.validation_clips
+    np.testing.assert_allclose(table, report["validation_table"][:1], rtol=0.01)
+    assert report["validation_loss"] == pytest.approx(np.mean(report["validation_table"]))
+    assert len(report["validation_table"]) == recipe.validation_clips
 
 
 def test_the_prompt_matters() -> None:
