@@ -223,3 +223,16 @@ def test_the_editors_schema_knows_every_key() -> None:
     }
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["Phase"]["properties"]["noise"]["type"] == "string"
+
+
+def test_the_page_for_authors_is_true(checkout: Path) -> None:
+    page = (checkout / "docs" / "policy.md").read_text(encoding="utf-8")
+    example = page.split("```yaml\n")[1].split("```")[0]
+    assert Policy.load(example).spec == Policy.load(WAN).spec
+    broken = example.replace("pattern: near", "pattern: naer")
+    with pytest.raises(PolicyError) as caught:
+        Policy.load(broken)
+    message = str(caught.value).partition("modes.gentle.pattern")[2]
+    assert message in " ".join(page.split())
+    for name in presets():
+        assert f"`{name}`" in page
