@@ -1,8 +1,8 @@
 """The policy: which attention runs how, as a file that people read, and as tensors for kernels.
 
 `find` or `Policy.load` gives a policy; `resolve` makes its table for a model, `plan` its lists for
-the tiles of a sequence. The functions have the names of nothing else here, but of the submodule
-`resolve`: import from that with `from fpsc.policy.resolve import ...`.
+the tiles of a sequence. `fpsc.policy.resolve` is that function and hides the module of the same
+name as an attribute; what else the module has comes by `from fpsc.policy.resolve import ROWS`.
 """
 
 from .errors import PolicyError
