@@ -91,7 +91,7 @@ def inspect(
         origin=spec.origin,
         policy=policy,
         dtype=dtype.value,
-        grid=tuple(tokens),
+        grid=(tokens.t, tokens.y, tokens.x),
         graphs=len(captured.graphs),
         breaks=dict(captured.breaks),
         problem=captured.problem,

@@ -67,8 +67,9 @@ def build(spec: ModelSpec, dtype: torch.dtype) -> torch.nn.Module:
     """
     import diffusers
 
-    model_class = getattr(diffusers, spec.class_name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
+    model_class: Any = getattr(diffusers, spec.class_name, None)
+    is_model = isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)
+    if not is_model:
         names = [name for name in dir(diffusers) if "Transformer" in name]
         near = difflib.get_close_matches(spec.class_name, names, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
