@@ -1,9 +1,10 @@
-"""`torch.compile(model, backend="fpsattn")`: find the attentions of a graph, replace them, hand over."""
+"""`torch.compile(model, backend="fpsattn")`: find the attentions of a graph, replace them, hand
+over."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 from warnings import warn
 
 from torch import fx
@@ -29,6 +30,9 @@ from fpsc.policy import Policy, find
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
 from fpsc.roots import RunningModule
 from fpsc.runtime import ModelState
+
+inductor: Callable[..., Callable[..., Any]] = cast(Any, compile_fx)
+"""Inductor, as a backend gets it: it returns a callable here, whatever its type says."""
 
 
 class StrictError(RuntimeError):
@@ -60,12 +64,12 @@ def fpsattn(
     state, origin = _state(root, parsed)
     analysis = _analyse(gm, state, root)
     if not analysis.candidates:
-        return compile_fx(gm, list(example_inputs), config_patches=patches)
+        return inductor(gm, list(example_inputs), config_patches=patches)
     report = _report(analysis, state, origin)
     record(report)
     _check(report, parsed)
     if not analysis.targets:
-        return compile_fx(gm, list(example_inputs), config_patches=patches)
+        return inductor(gm, list(example_inputs), config_patches=patches)
     return _compile(analysis, example_inputs, state, root, report, patches)
 
 
@@ -183,7 +187,7 @@ def _compile(
     fake_mode = TracingContext.get().fake_mode
     assert fake_mode is not None
     try:
-        launcher.compiled = compile_fx(
+        launcher.compiled = inductor(
             rewritten.module,
             [*example_inputs, *launcher.example_inputs(fake_mode)],
             config_patches=patches,
@@ -196,5 +200,3 @@ def _compile(
         # Dynamo takes these for a graph break, which would be eager execution without a word.
         raise RuntimeError(f"fpsattn: the rewritten graph does not trace: {error}") from error
     return launcher
-
-

@@ -1,8 +1,8 @@
 """What compiled code depends on besides its graph, so that stale code is never taken from a cache.
 
-Inductor's and AOTAutograd's caches know a custom op by its name only: not its fake, its backward or its
-kernels. A pass of our own whose identity hashes all of them, and the policy's structure, closes that gap.
-A policy's numbers are run-time tensors and stay out of it.
+Inductor's and AOTAutograd's caches know a custom op by its name only: not its fake, its backward or
+its kernels. A pass of our own whose identity hashes all of them, and the policy's structure, closes
+that gap. A policy's numbers are run-time tensors and stay out of it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def source_hash() -> str:
 
 
 class CacheKey(CustomGraphPass):
-    """A pass that changes nothing and identifies our code; runs the user's own hook, if there is one.
+    """A pass that changes nothing and identifies our code; runs the user's own hook, if there is
+    one.
 
     Args:
         structure: what the policy fixes at compile time.

@@ -1,7 +1,8 @@
 """What a model's class tells: the convention of its timestep and the preset that suits it.
 
-A class name is never evidence of what is matched in a graph. A model that is not listed here is matched all
-the same; its timestep's convention must then be stated, or the densest row of the policy is used.
+A class name is never evidence of what is matched in a graph. A model that is not listed here is
+matched all the same; its timestep's convention must then be stated, or the densest row of the
+policy is used.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A rewritten and compiled graph, called with what its sites need: rows, table, lists.
 
-Runs before every call of a compiled graph, so it only looks things up; nothing is read from the device.
+Runs before every call of a compiled graph, so it only looks things up; nothing is read from the
+device.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fpsc.report import Report, log
 from fpsc.runtime import ModelState, Span
 
 _DYNAMIC = 5
-"""Hint for sizes that differ between models and grids; any number but 0 and 1, which are specialised."""
+"""Hint for sizes that differ between models and grids; 0 and 1 would be specialised."""
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Launcher:
         self.state.table(self._heads, self._device)
 
     def example_inputs(self, fake_mode: FakeTensorMode) -> list[Tensor]:
-        """Fake tensors for the appended inputs; sizes that a policy or a grid decides are dynamic."""
+        """Fake tensors for the appended inputs; sizes that policy or grid decide are dynamic."""
         return [self._example(name, fake_mode) for name in self.rewritten.inputs]
 
     def _example(self, name: str, fake_mode: FakeTensorMode) -> Tensor:
@@ -189,7 +190,8 @@ class Launcher:
     def _span(self, state: ModelState, found: Found, args: Sequence[Any]) -> Span:
         sizes = (*found.grid, found.prefix, found.suffix)
         t, y, x, prefix, suffix = (self._value(size, args) for size in sizes)
-        if found.origin == "latent":  # the graph does not hold the grid: another may have as many tokens
+        if found.origin == "latent":
+            # The graph does not hold the grid: another one may have as many tokens.
             grid = state.grid_for(t * y * x)
             if grid is None:
                 raise RuntimeError(
@@ -211,7 +213,7 @@ class Launcher:
 
 
 def _cells_of(table: runtime.DeviceTable, layers: Sequence[int | None]) -> Tensor:
-    """int32 [len(layers), ROWS, H]: rows of these layers; of an unknown layer the densest row only."""
+    """int32 [len(layers), ROWS, H]: rows of these layers; for an unknown one its densest row."""
     cells = table.cells
     known = [layer for layer in layers if layer is not None]
     first = known[0] if known else 0
@@ -225,7 +227,7 @@ def _cells_of(table: runtime.DeviceTable, layers: Sequence[int | None]) -> Tenso
 def _symbol_positions(
     placeholders: Sequence[fx.Node],
 ) -> dict[sympy.Symbol, tuple[int, int | None]]:
-    """Where the value of every symbol of a graph can be read: an input, and the axis of a tensor."""
+    """Where every symbol of a graph can be read: an input, and the axis of a tensor."""
     found: dict[sympy.Symbol, tuple[int, int | None]] = {}
     for position, node in enumerate(placeholders):
         value = example(node)
@@ -234,5 +236,3 @@ def _symbol_positions(
             if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                 found.setdefault(size.node.expr, (position, axis))
     return found
-
-

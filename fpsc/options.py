@@ -55,9 +55,10 @@ class Options(BaseModel):
     strict: bool = False
     grid: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     timestep: Timestep = Timestep()
-    mode: Literal[
-        "default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
-    ] | None = None
+    mode: (
+        Literal["default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+        | None
+    ) = None
     emulate_fp8: bool = True
     inductor: dict[str, Any] = Field(default_factory=dict)
 

@@ -1,7 +1,7 @@
 """The model that a graph belongs to, found on the Python stack, and what its arguments say.
 
-A backend is given a graph, not a model. But it is called from inside the model's forward, so the model and
-the arguments of the running call are on the stack.
+A backend is given a graph, not a model. But it is called from inside the model's forward, so the
+model and the arguments of the running call are on the stack.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class RunningModule:
 
 
 def running_modules() -> list[RunningModule]:
-    """Modules whose forward is running now, outermost first, without wrappers of `torch.compile`."""
+    """Modules whose forward is running now, outermost first, without wrappers of
+    `torch.compile`."""
     found: dict[int, RunningModule] = {}
     for variables, compiled in _variables(sys._getframe(1)):
         module = variables.get("self")
@@ -49,10 +50,10 @@ def running_modules() -> list[RunningModule]:
 
 
 def _variables(frame: FrameType | None) -> Iterator[tuple[Mapping[str, Any], bool]]:
-    """Local variables of all frames, innermost first, with those of a frame that Dynamo compiles."""
+    """Local variables of all frames, innermost first; also those of a frame being compiled."""
     while frame is not None:
         variables = frame.f_locals
-        traced = variables.get("frame")  # Dynamo keeps the frame that it converts here
+        traced: Any = variables.get("frame")  # Dynamo keeps the frame that it converts here
         if hasattr(traced, "f_locals") and hasattr(traced, "f_code"):
             yield traced.f_locals, True
         yield variables, False
@@ -101,8 +102,8 @@ def latent_of(arguments: Mapping[str, Any]) -> Tensor | None:
 def latent_grids(module: nn.Module, latent: Tensor) -> list[tuple[int, int, int]]:
     """Token grids that a latent of this shape can have in a model, most certain first.
 
-    A 3D convolution that takes the latent's channels says it outright. Else the patch is unknown, and
-    every common patch that divides the latent is a candidate.
+    A 3D convolution that takes the latent's channels says it outright. Else the patch is unknown,
+    and every common patch that divides the latent is a candidate.
     """
     _, channels, *size = latent.shape
     grids = []

@@ -1,8 +1,8 @@
-"""State of a model: its policy as tables on the device, its layers, and the noise row of this forward.
+"""State of a model: its policy on the device, its layers, and the noise row of this forward.
 
-A model has one `ModelState`, however many graphs it was compiled into. Where a graph sees the timestep it
-finds the row by itself; where it does not (blocks that are compiled one by one), a hook on the root module
-writes it here before every forward.
+A model has one `ModelState`, however many graphs it was compiled into. Where a graph sees the
+timestep it finds the row by itself; where it does not (blocks that are compiled one by one), a hook
+on the root module writes it here before every forward.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ class ModelState:
     def add_layers(self, weights: Sequence[Tensor]) -> None:
         """Make weights known as layers, one for every site of a graph.
 
-        A weight also stands for its siblings in the model, which differ only in the index into a list
-        of modules (`blocks.0.attn1.to_q.weight`, `blocks.1...`), because a graph may hold one block of
-        many. Layers are numbered in the order in which the model defines them.
+        A weight also stands for its siblings in the model, which differ only in the index into a
+        list of modules (`blocks.0.attn1.to_q.weight`, `blocks.1...`), because a graph may hold one
+        block of many. Layers are numbered in the order in which the model defines them.
         """
         names = {id(p): name for name, p in self._named_tensors()}
         for weight in weights:
@@ -328,7 +328,8 @@ class ModelState:
         ]
 
     def keep_now(self) -> tuple[float, float] | None:
-        """Noise level of the last forward and mean keep there; reads the timestep from the device."""
+        """Noise level of the last forward and mean keep there; reads the timestep from the
+        device."""
         if self._last_timestep is None or self.convention is None or not self._tables:
             return None
         table = next(iter(self._tables.values())).table

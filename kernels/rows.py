@@ -1,6 +1,7 @@
 """`fpsc::noise_rows`: from a model's timestep to the row of the policy table, on the device.
 
-Noise is a level in [0, 1], 1 for pure noise. Every model's timestep is normalised to it by a convention:
+Noise is a level in [0, 1], 1 for pure noise. Every model's timestep is normalised to it by a
+convention:
 
 | convention | noise | models |
 |---|---|---|
@@ -49,6 +50,16 @@ def noise_level(timestep: Tensor, convention: str) -> Tensor:
     return noise.clamp(0, 1)
 
 
+def row_index(noise: Tensor, edges: Tensor) -> Tensor:
+    """int32 [B]: the row of each noise level [B] in [0, 1], given the `edges` [ROWS] of a table.
+
+    The row is the number of edges that the level does not exceed: row 0 is the noisiest, and a
+    level on an edge belongs to the cleaner row. Unused edges are -1 and never count.
+    """
+    level = noise.to(torch.float32).clamp_min(0)[:, None]
+    return (level <= edges + EDGE_TOLERANCE).sum(1, dtype=torch.int32)
+
+
 @torch.library.custom_op("fpsc::noise_rows", mutates_args=())
 def noise_rows(timestep: Tensor, edges: Tensor, convention: str) -> Tensor:
     """Row of the policy table for every batch element: int32 [B].
@@ -56,11 +67,8 @@ def noise_rows(timestep: Tensor, edges: Tensor, convention: str) -> Tensor:
     Args:
         timestep, convention: as for `noise_level`.
         edges: float32 [ROWS], the lower end of every row but the last, descending; -1 where unused.
-            Row 0 is the noisiest; a level on an edge belongs to the cleaner row.
     """
-    noise = noise_level(timestep, convention)
-    below = noise[:, None] <= edges[None, :] + EDGE_TOLERANCE
-    return below.sum(1, dtype=torch.int32)
+    return row_index(noise_level(timestep, convention), edges)
 
 
 @noise_rows.register_fake

@@ -1,7 +1,7 @@
 """Reading a Dynamo graph: shapes, sources, in-place writes, and the bodies of checkpoint regions.
 
-A Dynamo graph is not functional: `out[..., 0::2] = x` leaves `x` off the use chain of `out`. `Program`
-puts these edges back, and treats the body of a checkpoint region as part of its caller.
+A Dynamo graph is not functional: `out[..., 0::2] = x` leaves `x` off the use chain of `out`.
+`Program` puts these edges back, and treats the body of a checkpoint region as part of its caller.
 """
 
 from __future__ import annotations
@@ -10,19 +10,39 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
 import torch
 from torch import fx
 
-Dim = int | sympy.Expr
+Dim: TypeAlias = "int | sympy.Expr"
 """A size: a number, or an expression over the graph's symbols."""
 
 _VIEWS = frozenset(
-    "getitem slice select view reshape transpose permute unsqueeze squeeze chunk split unbind "
-    "unflatten flatten expand narrow movedim contiguous t".split()
+    [
+        "getitem",
+        "slice",
+        "select",
+        "view",
+        "reshape",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "chunk",
+        "split",
+        "unbind",
+        "unflatten",
+        "flatten",
+        "expand",
+        "narrow",
+        "movedim",
+        "contiguous",
+        "t",
+    ]
 )
-_IN_PLACE = frozenset("copy_ mul_ add_ fill_ sub_ div_".split())
+_IN_PLACE = frozenset(["copy_", "mul_", "add_", "fill_", "sub_", "div_"])
 
 
 def op_name(node: fx.Node) -> str:
@@ -96,8 +116,8 @@ def source_name(node: fx.Node) -> str:
 def is_parameter(node: fx.Node) -> bool:
     """Whether a placeholder is a parameter or a buffer of a module, not an activation."""
     name = source_name(node)
-    return "_parameters" in name or "_buffers" in name or isinstance(
-        example(node), torch.nn.Parameter
+    return (
+        "_parameters" in name or "_buffers" in name or isinstance(example(node), torch.nn.Parameter)
     )
 
 
@@ -109,7 +129,10 @@ def is_linear(node: fx.Node) -> bool:
 
 def is_convolution(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node) in (
-        "conv1d", "conv2d", "conv3d", "convolution",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
     )
 
 
@@ -245,7 +268,7 @@ class Program:
                     queue.append(previous)
 
     def root_of(self, node: fx.Node) -> fx.Node:
-        """The operand that a placeholder of a checkpoint body stands for, at the outermost level."""
+        """What a placeholder of a checkpoint body stands for, at the outermost level."""
         while node in self._bound:
             node = self._bound[node]
         return node

@@ -1,7 +1,8 @@
 """Pass 3: the token grid (T, Y, X) of a self-attention, read from reshapes.
 
-A raster event is a reshape that merges three neighbouring axes (T, Y, X) into one of length T*Y*X, or
-splits one into three: patch embedding, RoPE tables and un-patchify all leave such an event, for any model.
+A raster event is a reshape that merges three neighbouring axes (T, Y, X) into one of length T*Y*X,
+or splits one into three: patch embedding, RoPE tables and un-patchify all leave such an event, for
+any model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import fx
 from fpsc.passes.graph import Dim, Program, op_name, product, same, shape
 from fpsc.passes.match import Candidate, Role, Segment, latents, residual_stream
 
-_RESHAPES = frozenset("reshape view flatten unflatten _unsafe_view".split())
+_RESHAPES = frozenset(["reshape", "view", "flatten", "unflatten", "_unsafe_view"])
 
 Grid = tuple[Dim, Dim, Dim]
 
@@ -48,9 +49,7 @@ class Found:
     suffix: Dim = 0
 
 
-def infer_grid(
-    program: Program, candidates: list[Candidate], hints: Hints
-) -> list[Found | str]:
+def infer_grid(program: Program, candidates: list[Candidate], hints: Hints) -> list[Found | str]:
     """For each candidate its grid, or the reason why it stays dense."""
     events = raster_events(program)
     attention = {c.call.node for c in candidates}
@@ -130,7 +129,10 @@ def _from_graph(
             'from a latent; state the grid with options={"grid": [T, Y, X]}'
         )
     if len(fitting) > 1:
-        return f"several spans of {lengths} tokens come from a latent; which is the video cannot be told"
+        return (
+            f"several spans of {lengths} tokens come from a latent; which of them is the video "
+            "cannot be told"
+        )
     index, grid = fitting[0]
     return _spans(candidate.segments, index, grid, "graph")
 

@@ -35,7 +35,8 @@ class Analysis:
     """All attention of a graph, and which of it will be replaced.
 
     Attributes:
-        decisions: for every candidate the reason why it stays dense, or the target that replaces it.
+        decisions: for every candidate the reason why it stays dense, or the target that replaces
+            it.
         timestep: the graph's timestep input, if it has one.
     """
 
@@ -106,7 +107,9 @@ def _decide(
     assert isinstance(query, torch.Tensor)
     tokens, head_dim = product(found.grid), int(query.shape[-1])
     if isinstance(tokens, int) and tokens < limits.min_tokens:
-        return f"{tokens} video tokens, fewer than limits.min_tokens {limits.min_tokens} of the policy"
+        return (
+            f"{tokens} video tokens, fewer than limits.min_tokens {limits.min_tokens} of the policy"
+        )
     low, high = limits.head_dims
     if not low <= head_dim <= high:
         return f"head_dim {head_dim}; the kernels take {low} to {high}"

@@ -1,4 +1,4 @@
-"""Pass 2: what each attention call is, decided by data flow alone; names of modules are never evidence."""
+"""Pass 2: what each attention call is, by data flow; names of modules are never evidence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fpsc.passes.graph import (
 )
 from fpsc.passes.normalise import AttentionCall
 
-_PASS_THROUGH = frozenset("to type_as float dropout contiguous mul".split())
+_PASS_THROUGH = frozenset(["to", "type_as", "float", "dropout", "contiguous", "mul"])
 
 
 class Role(StrEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
@@ -10,7 +11,8 @@ from fpsc.passes.graph import Program, argument, op_name, qualified_name, shape
 
 _SDPA = "scaled_dot_product_attention"
 
-# Kernels that other libraries put into a graph in place of SDPA: what they are, and how to get SDPA back.
+# Kernels that other libraries put into a graph in place of SDPA: what they are, and how to get SDPA
+# back.
 _FOREIGN = {
     "flex_attention": "FlexAttention",
     "flash_attn": "flash-attn",
@@ -65,8 +67,8 @@ def _read(node: fx.Node) -> AttentionCall | None:
                 node,
                 library,
                 unsupported=(
-                    f"attention is computed by {library}, which is not rewritten; let the model call "
-                    "scaled_dot_product_attention (in diffusers: "
+                    f"attention is computed by {library}, which is not rewritten; let the model "
+                    "call scaled_dot_product_attention (in diffusers: "
                     'model.set_attention_backend("native")) before compiling'
                 ),
             )
@@ -109,12 +111,12 @@ def _read_sdpa(node: fx.Node) -> AttentionCall:
 
 def _is_manual_attention(softmax: fx.Node) -> bool:
     """A softmax fed by a matrix product whose result goes into another one."""
-    fed = _reaches(softmax, lambda n: [a for a in n.all_input_nodes[:1]])
+    fed = _reaches(softmax, lambda n: list(n.all_input_nodes[:1]))
     feeds = _reaches(softmax, lambda n: list(n.users)[:1])
     return fed and feeds
 
 
-def _reaches(node: fx.Node, step, limit: int = 8) -> bool:
+def _reaches(node: fx.Node, step: Callable[[fx.Node], list[fx.Node]], limit: int = 8) -> bool:
     for _ in range(limit):
         following = step(node)
         if not following:

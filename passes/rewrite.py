@@ -1,7 +1,8 @@
 """Pass 5: one `fpsc::attention` node for every site, and the inputs that it needs.
 
-The graph is copied, never changed in place: Dynamo goes on using the one it made. New inputs are appended
-after the existing ones, and through the bodies of checkpoint regions down to the sites inside them.
+The graph is copied, never changed in place: Dynamo goes on using the one it made. New inputs are
+appended after the existing ones, and through the bodies of checkpoint regions down to the sites
+inside them.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Rewritten:
     """A rewritten graph and what its caller must add to every call.
 
     Attributes:
-        inputs: names of the inputs that were appended, in order: `edges` or `rows`; `cells`, `modes`;
-            and for every span i `list_ptr.i`, `list_idx.i`, `gather.i`, `valid.i`.
+        inputs: names of the inputs that were appended, in order: `edges` or `rows`; `cells`,
+            `modes`; and for every span i `list_ptr.i`, `list_idx.i`, `gather.i`, `valid.i`.
         spans: the different (grid, prefix, suffix) of the sites.
         targets: the sites, in the order of the first axis of `cells`.
         returns_rows: whether the graph returns its noise rows after its own outputs.
@@ -59,7 +60,8 @@ def rewrite(
 
     Args:
         timestep: the input that holds the timestep, or None to take the rows from the caller.
-        convention: how a timestep becomes a noise level (`fpsc.kernels.rows`); needed with `timestep`.
+        convention: how a timestep becomes a noise level (`fpsc.kernels.rows`); needed with
+            `timestep`.
     """
     spans: list[Found] = []
     for target in targets:
@@ -80,7 +82,10 @@ class _Writer:
         self.targets = {t.candidate.call.node: (i, t) for i, t in enumerate(targets)}
 
     def copy(
-        self, body: Body, inputs: list[str], timestep: fx.Node | None = None,
+        self,
+        body: Body,
+        inputs: list[str],
+        timestep: fx.Node | None = None,
         convention: str | None = None,
     ) -> fx.GraphModule:
         """A copy of one graph with its sites replaced and `inputs` appended."""
@@ -111,7 +116,7 @@ class _Writer:
                 names = [n for n in values if n != "edges"]
                 children[child.attribute] = self.copy(child, names)
                 call = copied[child.call]
-                call.args = (*call.args, *(values[n] for n in names))
+                call.args = (*call.args, *[values[n] for n in names])  # type: ignore[arg-type]
         if timestep is not None:
             result = (*_as_tuple(result), values["rows"])
         graph.output(result)
@@ -123,9 +128,9 @@ class _Writer:
         return module
 
     def _holds_site(self, body: Body) -> bool:
-        return any(
-            self.program.body_of[node] is body for node in self.targets
-        ) or any(b.parent is body and self._holds_site(b) for b in self.program.bodies)
+        return any(self.program.body_of[node] is body for node in self.targets) or any(
+            b.parent is body and self._holds_site(b) for b in self.program.bodies
+        )
 
     def _replace(
         self, graph: fx.Graph, node: fx.Node, original: fx.Node, values: dict[str, fx.Node]
@@ -193,8 +198,8 @@ def _default_scale(query: torch.Tensor) -> float:
 def _rows_example(timestep: fx.Node) -> torch.Tensor:
     value = example(timestep)
     assert isinstance(value, torch.Tensor)
-    flat = value.reshape(-1) if value.ndim == 0 else value.flatten(1)[:, 0] if value.ndim > 1 else value
-    return flat.to(torch.int32)
+    batch = value.shape[0] if value.ndim else 1
+    return value.new_empty(batch, dtype=torch.int32)
 
 
 def _as_tuple(result: object) -> tuple[object, ...]:

@@ -1,8 +1,8 @@
 """Pass 4: what the attention must be told at run time, and where a graph can take it from.
 
-The noise row comes from the timestep where the graph has it among its inputs, else from a side channel.
-The layer is known by the identity of a weight in front of the attention: graphs are shared between layers
-and between models, so neither may be a constant of a graph.
+The noise row comes from the timestep where the graph has it among its inputs, else from a side
+channel. The layer is known by the identity of a weight in front of the attention: graphs are shared
+between layers and between models, so neither may be a constant of a graph.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from fpsc.passes.graph import (
 )
 
 TIMESTEP = re.compile(r"^(timesteps?|t|ts|time_?steps?|sigmas?|noise_level|vision_timesteps)$")
-"""Argument names by which models take the noise level; names of arguments are their public interface."""
+"""Argument names by which models take the noise level; names of arguments are their public
+interface."""
 
 _LAST_KEY = re.compile(r"\['([^']+)'\]$")
 _POSITION = re.compile(r"\['args'\]\[(\d+)\]$")

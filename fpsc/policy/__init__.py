@@ -7,7 +7,7 @@ name as an attribute; what else the module has comes by `from fpsc.policy.resolv
 
 from .errors import PolicyError
 from .load import Policy, find, presets
-from .resolve import Plan, Table, plan, resolve, row_index
+from .resolve import Plan, Table, plan, resolve
 
 __all__ = [
     "Plan",
@@ -18,5 +18,4 @@ __all__ = [
     "plan",
     "presets",
     "resolve",
-    "row_index",
 ]

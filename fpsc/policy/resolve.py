@@ -31,7 +31,6 @@ __all__ = [
     "Table",
     "plan",
     "resolve",
-    "row_index",
     "structure_key",
 ]
 
@@ -45,13 +44,6 @@ NOMINAL_GRID = (21, 45, 80)
 """Where nothing names a grid, rows are compared by their keep on this one (Wan2.1 at 720p)."""
 
 DTYPES = {"bf16": 0, "fp8": 1}
-
-
-def row_index(noise: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-    """int32 [B]: the row of each noise level [B] in [0, 1], given the `edges` [ROWS] of a table."""
-    # Clamped, so that an edge of -1, which is padding, never counts.
-    level = noise.float().clamp_min(0).unsqueeze(-1)
-    return (level <= edges + TOLERANCE).sum(-1, dtype=torch.int32)
 
 
 class Cell(NamedTuple):
@@ -69,7 +61,7 @@ class Table:
 
     Attributes:
         edges: float32 [ROWS], descending noise levels between rows, then -1. The row of a level
-            is the number of edges that it does not exceed (`row_index`); row 0 is the noisiest.
+            is the number of edges that it does not exceed (`fpsc.kernels.rows.row_index`); row 0 is the noisiest.
         cells: int32 [layers, ROWS, heads], an index into `modes`. Padding rows repeat the last.
         modes: int32 [MODES, 2], columns pattern (the plan's numbering) and dtype (0: computed in
             the input's dtype, 1: FP8). Padding is zero.

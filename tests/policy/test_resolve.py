@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpsc.grid import layout
-from fpsc.policy import Policy, PolicyError, Table, find, plan, resolve, row_index
+from fpsc.kernels.rows import row_index
+from fpsc.policy import Policy, PolicyError, Table, find, plan, resolve
 from fpsc.policy.patterns import lists
 from fpsc.policy.resolve import MODES, PATTERNS, ROWS
 from fpsc.policy.values import NoiseRange
