@@ -156,6 +156,11 @@ def check_values(
             f"list_idx: expected tiles 0..{tiles - 1}, got "
             f"{int(list_idx.min())}..{int(list_idx.max())}"
         )
+    starts = list_ptr[(list_ptr > 0) & (list_ptr < len(list_idx))].long()
+    ascends = list_idx.diff() > 0
+    ascends[starts - 1] = True
+    if not bool(ascends.all()):
+        raise ValueError("list_idx: expected each list to ascend, every key tile once; sort it")
 
 
 def check_rows(batch: int, rows: Tensor, cells: Tensor, modes: Tensor) -> None:

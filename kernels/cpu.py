@@ -1,9 +1,9 @@
-"""The CPU kernel of `fpsc::attention`, forward and backward: plain torch over tile-ordered copies.
+"""The CPU kernel of `fpsc::attention`, forward and backward: one head and one query tile at a time.
 
-K and V of the heads that share a list are copied once, real and unmasked rows only, in tile order.
-A query tile then walks the contiguous runs of its list: each run is a slice of those copies, so
-nothing is gathered or padded per query tile, and masks and ragged tiles cost nothing. The scores of
-a query tile live in one buffer that all tiles share. Memory: those copies and that buffer.
+q, k and v of a head are copied once in tile order, real rows only, without the keys that the mask
+leaves out. The keys of a query tile are then a few contiguous runs of that copy, which are joined
+at the speed of memcpy: the products see no padding, and masks and ragged tiles cost nothing.
+Memory: the copies of one head, and the scores of one query tile.
 
 The formulas are those of `fpsc.kernels.reference`, in base two: log2(e) is in q, and exp2 is the
 cheaper function. The code uses only torch operators, so it also runs on other devices, correctly,
@@ -13,9 +13,8 @@ where no kernel of their own serves them; it reads the lists from the host there
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -26,23 +25,27 @@ E4M3_SMALLEST_NORMAL = 2.0**-6
 P_OFFSET = 8.0
 SMALLEST_SCALE = 2.0**-126
 LOG2_E = math.log2(math.e)
-HEADS_AT_ONCE = 4
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+# Neighbouring query tiles that see the same keys are one step of at most so many scores, and of at
+# least so many rows, which is a tile.
+SCORES_AT_ONCE = 2**21
+ROWS_AT_ONCE = 128
 
 
 class Step(NamedTuple):
-    """The work of one query tile."""
+    """Queries that see the same keys: most often one tile. Places are in tile order."""
 
-    rows: slice  # in tile order
-    runs: list[slice]  # of the keys that take part, in tile order
-    n_keys: int
+    rows: slice
+    runs: list[slice]  # of the keys that take part
 
 
-class Group(NamedTuple):
-    """Heads of one batch element that share a list and a dtype, at most HEADS_AT_ONCE."""
+class Head(NamedTuple):
+    """One head of one batch element, and what it visits."""
 
     b: int
-    heads: list[int]
-    key_heads: list[int]
+    h: int
+    g: int
     fp8: bool
     steps: list[Step]
     rows_N: Tensor  # int64: sequence positions in tile order
@@ -52,12 +55,12 @@ class Group(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What the products of a group see: float32, tile order, dequantised."""
+    """What the products of a head see: float32, tile order, dequantised."""
 
-    q_HND: Tensor  # times scale * log2(e)
-    k_HMD: Tensor
-    v_HMD: Tensor
-    shift_HN: Tensor | None  # scale * q . mean of k, in fp8 groups
+    q_ND: Tensor  # times scale * log2(e)
+    k_MD: Tensor
+    v_MD: Tensor
+    shift_N: Tensor | float  # scale * q . mean of k, where that was taken from k
 
 
 def forward(
@@ -76,29 +79,27 @@ def forward(
     B, H, N, D = q_BHND.shape
     out_BHND = q_BHND.new_empty(B, N, H, D).transpose(1, 2)
     lse_BHN = q_BHND.new_empty(B, H, N, dtype=torch.float32)
-    for group in _groups(k_BGND, modes_BH2, list_ptr, list_idx, gather, valid, key_mask_BN):
-        q, k, v, shift = _operands(q_BHND, k_BGND, v_BGND, group, scale)
-        o, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
-        buffer = _buffer(q, group.steps)
-        offset = P_OFFSET if group.fp8 else 0.0
-        for step in group.steps:
-            r = step.rows
-            if step.n_keys == 0:
-                o[:, r] = 0.0
-                lse[:, r] = -math.inf
-                continue
-            p = _times_columns(q[:, r], k, step, buffer)
-            m = p.amax(dim=-1, keepdim=True).sub_(offset)
-            total = p.sub_(m).exp2_().sum(dim=-1, keepdim=True)
-            if group.fp8:
+    for head in _heads(k_BGND, modes_BH2, list_ptr, list_idx, gather, valid, key_mask_BN):
+        q, k, v, shift = _operands(q_BHND, k_BGND, v_BGND, head, scale)
+        # What these hold is the answer of a query that sees no key.
+        o_ND = torch.zeros_like(q)
+        m_N1 = q.new_full((N, 1), -math.inf)
+        total_N1 = q.new_ones(N, 1)
+        for step in head.steps:
+            rows = step.rows
+            s = _dot(q[rows], _visited(k, step))
+            m = torch.amax(s, dim=1, keepdim=True, out=m_N1[rows])
+            if head.fp8:
+                m -= P_OFFSET
+            p = s.sub_(m).exp2_()
+            torch.sum(p, dim=1, keepdim=True, out=total_N1[rows])
+            if head.fp8:
                 round_to_e4m3_(p)
-            o[:, r] = _times_rows(p, v, step).div_(total)
-            lse[:, r] = total.log2_().add_(m).div_(LOG2_E).squeeze(-1)
-        if shift is not None:
-            lse += shift
-        for i, h in enumerate(group.heads):
-            out_BHND[group.b, h].index_copy_(0, group.rows_N, o[i].to(out_BHND.dtype))
-            lse_BHN[group.b, h].index_copy_(0, group.rows_N, lse[i])
+            o_ND[rows] = _dot(p, _visited(v, step).T)
+        o_ND /= total_N1
+        lse_N = total_N1.log2_().add_(m_N1).div_(LOG2_E).squeeze(1).add_(shift)
+        out_BHND[head.b, head.h].index_copy_(0, head.rows_N, o_ND.to(out_BHND.dtype))
+        lse_BHN[head.b, head.h].index_copy_(0, head.rows_N, lse_N)
     return out_BHND, lse_BHN
 
 
@@ -118,35 +119,31 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`: dq, dk, dv, contiguous, in the dtypes of q, k, v."""
-    dq_BHND = torch.empty(q_BHND.shape, dtype=q_BHND.dtype, device=q_BHND.device)
-    dk_BGND = torch.zeros(k_BGND.shape, device=k_BGND.device)
-    dv_BGND = torch.zeros(v_BGND.shape, device=v_BGND.device)
-    for group in _groups(k_BGND, modes_BH2, list_ptr, list_idx, gather, valid, key_mask_BN):
-        b = group.b
-        q, k, v, shift = _operands(q_BHND, k_BGND, v_BGND, group, scale)
-        do = _gathered(dout_BHND[b], group.heads, group.rows_N)
-        delta = (do * _gathered(out_BHND[b], group.heads, group.rows_N)).sum(dim=-1, keepdim=True)
-        lse = lse_BHN[b, group.heads][:, group.rows_N]
-        if shift is not None:
-            lse -= shift
-        lse = lse.mul_(LOG2_E).unsqueeze(-1)
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        p_buffer, ds_buffer = _buffer(q, group.steps), _buffer(q, group.steps)
-        for step in group.steps:
-            r = step.rows
-            if step.n_keys == 0:
-                continue
-            p = _times_columns(q[:, r], k, step, p_buffer).sub_(lse[:, r]).exp2_()
-            _add_transposed_times(dv, p, do[:, r], step)
-            ds = _times_columns(do[:, r], v, step, ds_buffer).sub_(delta[:, r]).mul_(p)
-            _add_transposed_times(dk, ds, q[:, r], step)
-            dq[:, r] = _times_rows(ds, k, step)
-        dq *= scale
-        dk /= LOG2_E  # its q carries scale * log2(e)
-        for i, (h, g) in enumerate(zip(group.heads, group.key_heads, strict=True)):
-            dq_BHND[b, h].index_copy_(0, group.rows_N, dq[i].to(dq_BHND.dtype))
-            dk_BGND[b, g].index_add_(0, group.keys_M, dk[i])
-            dv_BGND[b, g].index_add_(0, group.keys_M, dv[i])
+    dq_BHND = q_BHND.new_empty(q_BHND.shape)
+    dk_BGND = k_BGND.new_zeros(k_BGND.shape, dtype=torch.float32)
+    dv_BGND = v_BGND.new_zeros(v_BGND.shape, dtype=torch.float32)
+    for head in _heads(k_BGND, modes_BH2, list_ptr, list_idx, gather, valid, key_mask_BN):
+        b, h, g = head.b, head.h, head.g
+        q, k, v, shift = _operands(q_BHND, k_BGND, v_BGND, head, scale)
+        do_ND = _rows(dout_BHND[b, h], head.rows_N)
+        delta_N1 = (do_ND * _rows(out_BHND[b, h], head.rows_N)).sum(dim=1, keepdim=True)
+        lse_N1 = lse_BHN[b, h].index_select(0, head.rows_N).sub_(shift).mul_(LOG2_E)[:, None]
+        dq_ND = torch.zeros_like(q)
+        # Transposed, so that each product below has its long side where it streams.
+        dk_DM, dv_DM = torch.zeros_like(k.T), torch.zeros_like(v.T)
+        for step in head.steps:
+            rows = step.rows
+            k_step = _visited(k, step)
+            p = _dot(q[rows], k_step).sub_(lse_N1[rows]).exp2_()
+            _add_to_visited(dv_DM, _dot(do_ND[rows].T.contiguous(), p.T), step)
+            ds = _dot(do_ND[rows], _visited(v, step)).sub_(delta_N1[rows]).mul_(p)
+            _add_to_visited(dk_DM, _dot(q[rows].T.contiguous(), ds.T), step)
+            dq_ND[rows] = _dot(ds, k_step.T)
+        dq_ND *= scale
+        dk_DM /= LOG2_E  # its q carries scale * log2(e)
+        dq_BHND[b, h].index_copy_(0, head.rows_N, dq_ND.to(dq_BHND.dtype))
+        dk_BGND[b, g].index_add_(0, head.keys_M, dk_DM.T)
+        dv_BGND[b, g].index_add_(0, head.keys_M, dv_DM.T)
     return dq_BHND, dk_BGND.to(k_BGND.dtype), dv_BGND.to(v_BGND.dtype)
 
 
@@ -161,7 +158,32 @@ def round_to_e4m3_(x: Tensor) -> Tensor:
     return x.add_(power, alpha=1.5 * 2**20).sub_(power, alpha=1.5 * 2**20)
 
 
-def _groups(
+def _dot(x_RK: Tensor, y_MK: Tensor) -> Tensor:
+    """x y^T, float32.
+
+    Through oneDNN where torch has it: on AMD processors that is twice as fast as the MKL behind
+    torch.mm. y is contiguous, or the transpose of what is.
+    """
+    if x_RK.device.type == "cpu" and torch.backends.mkldnn.enabled and ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(x_RK, y_MK, None, "none", [], "")
+    return torch.mm(x_RK, y_MK.T)
+
+
+def _visited(x_MD: Tensor, step: Step) -> Tensor:
+    """The rows of the keys that a step sees, contiguous."""
+    if len(step.runs) == 1:
+        return x_MD[step.runs[0]]
+    return torch.cat([x_MD[run] for run in step.runs])
+
+
+def _add_to_visited(total_DM: Tensor, x_DK: Tensor, step: Step) -> None:
+    """Adds to the columns of the keys that a step sees."""
+    parts = x_DK.split([run.stop - run.start for run in step.runs], dim=1)
+    for run, part in zip(step.runs, parts, strict=True):
+        total_DM[:, run] += part
+
+
+def _heads(
     k_BGND: Tensor,
     modes_BH2: Tensor,
     list_ptr: Tensor,
@@ -169,8 +191,8 @@ def _groups(
     gather: Tensor,
     valid: Tensor,
     key_mask_BN: Tensor | None,
-) -> Iterator[Group]:
-    """The heads by batch element, pattern and dtype."""
+) -> Iterator[Head]:
+    """Every head of every batch element, with the steps of its list."""
     device = k_BGND.device
     real = torch.arange(gather.shape[1], device=gather.device) < valid[:, None]
     rows = gather[real].long().to(device)
@@ -185,47 +207,55 @@ def _groups(
             keys, tile_of_key = rows[taking_part], tile_of_row[taking_part]
             key_counts = torch.bincount(tile_of_key, minlength=len(valid)).tolist()
             steps = {}  # these depend on the mask
-        shared: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for h, (pattern, dtype) in enumerate(modes):
-            shared[pattern, dtype == 1].append(h)
-        for (pattern, fp8), heads in shared.items():
             if pattern not in steps:
-                steps[pattern] = _steps(list_ptr[pattern], list_idx, row_counts, key_counts)
-            for first in range(0, len(heads), HEADS_AT_ONCE):
-                some = heads[first : first + HEADS_AT_ONCE]
-                yield Group(
-                    b=b,
-                    heads=some,
-                    key_heads=[h // heads_per_key_head for h in some],
-                    fp8=fp8,
-                    steps=steps[pattern],
-                    rows_N=rows,
-                    keys_M=keys,
-                    tile_of_row_N=tile_of_row,
-                    tile_of_key_M=tile_of_key,
-                )
+                steps[pattern] = list(_steps(list_ptr[pattern], list_idx, row_counts, key_counts))
+            yield Head(
+                b=b,
+                h=h,
+                g=h // heads_per_key_head,
+                fp8=dtype == 1,
+                steps=steps[pattern],
+                rows_N=rows,
+                keys_M=keys,
+                tile_of_row_N=tile_of_row,
+                tile_of_key_M=tile_of_key,
+            )
 
 
 def _steps(
     ptr: Tensor, list_idx: Tensor, row_counts: list[int], key_counts: list[int]
-) -> list[Step]:
-    """One step a query tile: its rows, and the contiguous runs of its key tiles."""
+) -> Iterator[Step]:
+    """The steps of a pattern in the order of their rows; those with no keys are left out."""
     bounds = ptr.tolist()
     visited = list_idx[bounds[0] : bounds[-1]].tolist()
     row_starts, key_starts = _starts(row_counts), _starts(key_counts)
-    steps = []
-    for u, (first, last) in enumerate(pairwise(bounds)):
-        runs: list[slice] = []
-        for w in visited[first - bounds[0] : last - bounds[0]]:
-            start, stop = key_starts[w], key_starts[w + 1]
-            if start == stop:
-                continue
-            if runs and runs[-1].stop == start:
-                start = runs.pop().start
-            runs.append(slice(start, stop))
+    lists = [visited[a - bounds[0] : b - bounds[0]] for a, b in pairwise(bounds)]
+    for key_tiles, same in groupby(range(len(lists)), key=lists.__getitem__):
+        runs = _runs(key_tiles, key_starts)
         n_keys = sum(run.stop - run.start for run in runs)
-        steps.append(Step(slice(row_starts[u], row_starts[u + 1]), runs, n_keys))
-    return steps
+        if n_keys == 0:
+            continue
+        query_tiles = list(same)
+        start, end = row_starts[query_tiles[0]], row_starts[query_tiles[-1] + 1]
+        most = max(SCORES_AT_ONCE // n_keys, ROWS_AT_ONCE)
+        while start < end:
+            stop = min(start + most, end)
+            yield Step(slice(start, stop), runs)
+            start = stop
+
+
+def _runs(key_tiles: list[int], key_starts: list[int]) -> list[slice]:
+    """The keys of some tiles as contiguous runs."""
+    runs: list[slice] = []
+    for w in key_tiles:
+        start, stop = key_starts[w], key_starts[w + 1]
+        if start == stop:
+            continue
+        if runs and runs[-1].stop == start:
+            start = runs.pop().start
+        runs.append(slice(start, stop))
+    return runs
 
 
 def _starts(counts: list[int]) -> list[int]:
@@ -235,57 +265,47 @@ def _starts(counts: list[int]) -> list[int]:
     return starts
 
 
-def _operands(
-    q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, group: Group, scale: float
-) -> Operands:
-    q = _infinite_to_nan_(_gathered(q_BHND[group.b], group.heads, group.rows_N))
-    k = _infinite_to_nan_(_gathered(k_BGND[group.b], group.key_heads, group.keys_M))
-    v = _infinite_to_nan_(_gathered(v_BGND[group.b], group.key_heads, group.keys_M))
-    shift = None
-    if group.fp8:
-        mean_H1D = _finite_mean(k)
-        shift = scale * (q @ mean_H1D.transpose(1, 2)).squeeze(-1)
-        _round_per_tile_(q, group.tile_of_row_N, len(group.steps))
-        _round_per_tile_(k.sub_(mean_H1D), group.tile_of_key_M, len(group.steps))
+def _operands(q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, head: Head, scale: float) -> Operands:
+    q = _infinite_to_nan_(_rows(q_BHND[head.b, head.h], head.rows_N))
+    k = _infinite_to_nan_(_rows(k_BGND[head.b, head.g], head.keys_M))
+    v = _infinite_to_nan_(_rows(v_BGND[head.b, head.g], head.keys_M))
+    shift: Tensor | float = 0.0
+    if head.fp8:
+        mean_D = _finite_mean(k)
+        shift = scale * q @ mean_D
+        _round_per_tile_(q, head.tile_of_row_N)
+        _round_per_tile_(k.sub_(mean_D), head.tile_of_key_M)
         _round_per_channel_(v)
     return Operands(q.mul_(scale * LOG2_E), k, v, shift)
 
 
-def _gathered(x_HND: Tensor, heads: list[int], rows_M: Tensor) -> Tensor:
-    """Rows of some heads, float32 [len(heads), M, D]. Head by head: that is memcpy's speed."""
-    M, D = len(rows_M), x_HND.shape[-1]
-    gathered = torch.empty(len(heads), M, D, device=x_HND.device)
-    for i, h in enumerate(heads):
-        if x_HND.dtype == torch.float32:
-            torch.index_select(x_HND[h], 0, rows_M, out=gathered[i])
-        else:
-            gathered[i] = x_HND[h].index_select(0, rows_M)
-    return gathered
+def _rows(x_ND: Tensor, rows_M: Tensor) -> Tensor:
+    """A float32 copy of some rows."""
+    return x_ND.index_select(0, rows_M).float()
 
 
 def _infinite_to_nan_(x: Tensor) -> Tensor:
     return x.add_(x - x)
 
 
-def _finite_mean(k_HMD: Tensor) -> Tensor:
-    """Mean of the finite rows, [H, 1, D]; zero where there is none."""
-    finite = k_HMD.isfinite().all(dim=-1, keepdim=True)
-    total = torch.where(finite, k_HMD, 0.0).sum(dim=1, keepdim=True)
-    mean = total / finite.sum(dim=1, keepdim=True).clamp(min=1)
+def _finite_mean(k_MD: Tensor) -> Tensor:
+    """Mean of the finite rows, [D]; zero where there is none."""
+    finite = k_MD.isfinite().all(dim=1, keepdim=True)
+    mean = torch.where(finite, k_MD, 0.0).sum(dim=0) / finite.sum().clamp(min=1)
     return torch.where(mean.isfinite(), mean, 0.0)
 
 
-def _round_per_tile_(x_HND: Tensor, tile_of_row_N: Tensor, n_tiles: int) -> None:
-    amax_HN = x_HND.abs().nan_to_num_(nan=0.0, posinf=0.0).amax(dim=-1)
-    amax_HT = amax_HN.new_zeros(len(x_HND), n_tiles)
-    amax_HT.scatter_reduce_(1, tile_of_row_N.expand_as(amax_HN), amax_HN, "amax")
-    _round_scaled_(x_HND, _scale(amax_HT)[:, tile_of_row_N, None])
+def _round_per_tile_(x_ND: Tensor, tile_of_row_N: Tensor) -> None:
+    if len(x_ND) > 0:
+        amax_N = x_ND.abs().nan_to_num_(nan=0.0).amax(dim=1)
+        amax_T = amax_N.new_zeros(int(tile_of_row_N[-1]) + 1)
+        amax_T.scatter_reduce_(0, tile_of_row_N, amax_N, "amax")
+        _round_scaled_(x_ND, _scale(amax_T)[tile_of_row_N, None])
 
 
-def _round_per_channel_(v_HMD: Tensor) -> None:
-    if v_HMD.shape[1] > 0:
-        amax_H1D = v_HMD.abs().nan_to_num_(nan=0.0, posinf=0.0).amax(dim=1, keepdim=True)
-        _round_scaled_(v_HMD, _scale(amax_H1D))
+def _round_per_channel_(v_MD: Tensor) -> None:
+    if len(v_MD) > 0:
+        _round_scaled_(v_MD, _scale(v_MD.abs().nan_to_num_(nan=0.0).amax(dim=0)))
 
 
 def _scale(amax: Tensor) -> Tensor:
@@ -295,42 +315,3 @@ def _scale(amax: Tensor) -> Tensor:
 
 def _round_scaled_(x: Tensor, s: Tensor) -> None:
     round_to_e4m3_(x.div_(s).clamp_(-E4M3_MAX, E4M3_MAX)).mul_(s)
-
-
-def _buffer(q_HND: Tensor, steps: list[Step]) -> Tensor:
-    """Room for the scores of any one query tile."""
-    most = max(((s.rows.stop - s.rows.start) * s.n_keys for s in steps), default=0)
-    return q_HND.new_empty(len(q_HND) * most)
-
-
-def _times_columns(x_HRD: Tensor, y_HMD: Tensor, step: Step, buffer: Tensor) -> Tensor:
-    """x y^T over the keys of the step, [H, R, n_keys], written to the buffer."""
-    H, R, _ = x_HRD.shape
-    products = buffer[: H * R * step.n_keys].view(H, R, step.n_keys)
-    for run, columns in _columns(step):
-        torch.bmm(x_HRD, y_HMD[:, run].transpose(1, 2), out=products[:, :, columns])
-    return products
-
-
-def _times_rows(p_HRK: Tensor, y_HMD: Tensor, step: Step) -> Tensor:
-    """p y over the keys of the step, [H, R, D]."""
-    total = p_HRK.new_zeros(*p_HRK.shape[:2], y_HMD.shape[-1])
-    for run, columns in _columns(step):
-        torch.baddbmm(total, p_HRK[:, :, columns], y_HMD[:, run], out=total)
-    return total
-
-
-def _add_transposed_times(total_HMD: Tensor, p_HRK: Tensor, x_HRD: Tensor, step: Step) -> None:
-    """Adds p^T x to the rows of the step's keys."""
-    for run, columns in _columns(step):
-        some = total_HMD[:, run]
-        torch.baddbmm(some, p_HRK[:, :, columns].transpose(1, 2), x_HRD, out=some)
-
-
-def _columns(step: Step) -> Iterator[tuple[slice, slice]]:
-    """Each run, with its place among the keys of the step."""
-    first = 0
-    for run in step.runs:
-        last = first + run.stop - run.start
-        yield run, slice(first, last)
-        first = last

@@ -17,10 +17,13 @@ structure: changing a number in one recompiles nothing.
 
 Head h of batch element b has mode m = cells[site, rows[b], h] and pattern p = modes[m, 0]; its
 query tile u visits the key tiles list_idx[list_ptr[p, u] : list_ptr[p, u + 1]].
+
+Under autocast the op casts q, k and v as F.scaled_dot_product_attention does.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +31,10 @@ from torch import Tensor
 
 from fpsc.kernels import cpu
 from fpsc.kernels.checks import check_rows, check_shapes, check_values
+from fpsc.kernels.select import select
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu}
+"""By the name of a `Choice`: modules with `forward` and `backward`."""
 
 
 def attention(
@@ -90,7 +97,10 @@ def _attention(
     check_rows(q.shape[0], rows, cells, modes)
     modes_BH2 = resolve_modes(q.shape[0], rows, cells, modes, site)
     check_values(q.shape[2], modes_BH2, list_ptr, list_idx, gather, valid)
-    return cpu.forward(q, k, v, modes_BH2, list_ptr, list_idx, gather, valid, key_mask, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _implementation(q).forward(
+            q, k, v, modes_BH2, list_ptr, list_idx, gather, valid, key_mask, scale
+        )
 
 
 @_attention.register_fake
@@ -131,9 +141,16 @@ def _attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_values(q.shape[2], modes_BH2, list_ptr, list_idx, gather, valid)
-    return cpu.backward(
-        dout, q, k, v, out, lse, modes_BH2, list_ptr, list_idx, gather, valid, key_mask, scale
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        return _implementation(q).backward(
+            dout, q, k, v, out, lse, modes_BH2, list_ptr, list_idx, gather, valid, key_mask, scale
+        )
+
+
+def _implementation(q: Tensor) -> ModuleType:
+    choice = select(q.device, q.dtype, q.shape[-1], fp8=True)
+    assert choice.name is not None, choice.reason  # check_shapes asked before
+    return IMPLEMENTATIONS[choice.name]
 
 
 @_attention_backward.register_fake
@@ -175,3 +192,19 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 
 
 _attention.register_autograd(_backward, setup_context=_save)
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    """Casts q, k and v to autocast's dtype. `register_autocast` would fix that dtype here."""
+
+    def cast(q: Tensor, k: Tensor, v: Tensor, *tables: Any) -> tuple[Tensor, Tensor]:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.fpsc.attention(q.to(dtype), k.to(dtype), v.to(dtype), *tables)
+
+    _library.impl("attention", cast, key)
+
+
+_library = torch.library.Library("fpsc", "FRAGMENT")
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
