@@ -4,16 +4,19 @@ Nothing here uses the network or installs anything: the build backend is called 
 wheels are unpacked into folders that stand first on sys.path.
 """
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 SOURCES = {"fpsc": "fpsc", "passes": "fpsc/passes", "kernels": "fpsc/kernels"}  # folder -> package
 DATA = ("fpsc/py.typed", "fpsc/policy/presets/*.yaml", "fpsc/demo/weights/*")
@@ -120,6 +123,25 @@ def test_symlinks_are_relative(checkout: Path) -> None:
     for name in ("passes", "kernels"):
         assert os.readlink(checkout / "fpsc" / name) == f"../{name}"
         assert not (checkout / name / "__init__.py").exists()
+
+
+def test_every_import_is_a_declared_dependency(source: Path) -> None:
+    distributions = {"ruamel": "ruamel.yaml", "PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+    imported = set()
+    for folder in SOURCES:
+        for path in (source / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                    imported.add(node.module.split(".")[0])
+    imported -= {"fpsc", *sys.stdlib_module_names}
+    project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
+    declared = {Requirement(text).name for text in project["dependencies"]}
+    needed = {distributions.get(name, name) for name in imported}
+    assert needed <= declared
+    # Inductor compiles with the one, diffusers reads the demo's weights with the other.
+    assert declared - needed <= {"triton", "safetensors"}
 
 
 # Where each module comes from, without running it (its parents run).
