@@ -290,9 +290,11 @@ def _infinite_to_nan_(x: Tensor) -> Tensor:
 
 def _finite_mean(k_MD: Tensor) -> Tensor:
     """Mean of the finite rows, [D]; zero where there is none."""
-    finite = k_MD.isfinite().all(dim=1, keepdim=True)
-    mean = torch.where(finite, k_MD, 0.0).sum(dim=0) / finite.sum().clamp(min=1)
-    return torch.where(mean.isfinite(), mean, 0.0)
+    if len(k_MD) == 0:
+        return k_MD.new_zeros(k_MD.shape[1])
+    finite = k_MD.amax(dim=1, keepdim=True).isnan().logical_not_()  # infinities are NaN by now
+    total = torch.where(finite, k_MD, 0.0).sum(dim=0, dtype=torch.float64)
+    return (total / finite.sum().clamp(min=1)).float()
 
 
 def _round_per_tile_(x_ND: Tensor, tile_of_row_N: Tensor) -> None:

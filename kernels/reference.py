@@ -63,6 +63,7 @@ see `fpsc.kernels.ops`. key_mask_BN bool: True takes part.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -189,10 +190,12 @@ def operands(
 
 
 def k_mean(k_ND: Tensor, taking_part_N: Tensor) -> Tensor:
-    """mu [D]: mean of the finite rows of k that take part; zero where there is none."""
+    """mu [D]: mean of the finite rows of k that take part; zero where there is none.
+
+    Summed in float64, so that the specification does not depend on the order of the rows.
+    """
     rows = k_ND[taking_part_N & k_ND.isfinite().all(dim=1)]
-    mu = rows.sum(dim=0) / max(len(rows), 1)
-    return torch.where(mu.isfinite(), mu, 0.0)  # a sum beyond float32: go without smoothing
+    return (rows.sum(dim=0, dtype=torch.float64) / max(len(rows), 1)).float()
 
 
 def quantisation_scale(amax: Tensor) -> Tensor:
@@ -244,8 +247,13 @@ def _finite_max(x: Tensor) -> Tensor:
     return torch.cat([zero, torch.where(x.isfinite(), x.abs(), 0.0)]).amax(dim=0)
 
 
-def _cells(q_BHND: Tensor, k_BGND: Tensor, modes_BH2: Tensor, key_mask_BN: Tensor | None):  # type: ignore[no-untyped-def]
-    """Yields (b, h, g, pattern, fp8, taking part [N]) of every batch element and head."""
+Cell = tuple[int, int, int, int, bool, Tensor]
+
+
+def _cells(
+    q_BHND: Tensor, k_BGND: Tensor, modes_BH2: Tensor, key_mask_BN: Tensor | None
+) -> Iterator[Cell]:
+    """(b, h, g, pattern, fp8, taking part [N]) of every batch element and head."""
     B, H, N, _ = q_BHND.shape
     everything = torch.ones(N, dtype=torch.bool, device=q_BHND.device)
     for b in range(B):

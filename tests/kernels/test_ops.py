@@ -1,0 +1,267 @@
+"""The custom ops: schema, fake, autograd, autocast, compile, tables as data, bad arguments."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from fpsc.kernels import ops, reference
+from tests.kernels.cases import (
+    DENSE,
+    DENSE_FP8,
+    NEAR,
+    NEAR_FP8,
+    WINDOW,
+    Tables,
+    qkv,
+    resolved,
+    tables,
+)
+from tests.thresholds import (
+    HALF_AGAINST_FP32,
+    KERNEL_FP8,
+    KERNEL_FP8_GRAD,
+    KERNEL_FP32,
+    relative_rms,
+)
+
+MIXED = [[DENSE, NEAR_FP8], [WINDOW, DENSE_FP8]]
+
+
+def small(heads: list[list[int]] = MIXED, **text: int) -> Tables:
+    return tables((2, 5, 6), (1, 3, 4), heads, **text)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, t: Tables, **others: Any) -> Tensor:
+    return ops.attention(q, k, v, **t._asdict(), **others)[0]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, masked):
+    t = small(prefix=3)
+    q, k, v = (x.detach().requires_grad_() for x in qkv(t, dim=16, dtype=dtype, key_heads=1))
+    mask = torch.rand(2, t.tokens) > 0.3 if masked else None
+    torch.library.opcheck(torch.ops.fpsc.attention, (q, k, v, *t, mask, 0.2, 0))
+    out, lse = torch.ops.fpsc.attention(q, k, v, *t, mask, 0.2, 0)
+    args = [x.detach() for x in (out, q, k, v, out, lse)]
+    rest = (resolved(t), *t[3:], mask, 0.2)
+    torch.library.opcheck(torch.ops.fpsc.attention_backward, (*args, *rest))
+
+
+@pytest.mark.parametrize("layout", ["BNHD", "BHND", "BHDN"])
+def test_any_strides_one_output_layout(layout):
+    t = small()
+    inputs = [x.detach() for x in qkv(t)]
+    expected = attend(*inputs, t)
+    order = ["BHND".index(axis) for axis in layout]
+    back = [layout.index(axis) for axis in "BHND"]
+    strided = [x.permute(order).contiguous().permute(back).requires_grad_() for x in inputs]
+    out = attend(*strided, t)
+    assert torch.equal(out, expected)
+    assert out.transpose(1, 2).is_contiguous()
+    grads = torch.autograd.grad(out, strided, torch.ones(()).expand(out.shape))
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_gradients_against_the_reference():
+    t = small(prefix=3)
+    q, k, v = (x.detach().requires_grad_() for x in qkv(t, key_heads=1))
+    mask = torch.rand(2, t.tokens) > 0.3
+    out = attend(q, k, v, t, key_mask=mask, scale=0.2)
+    dout = torch.randn_like(out)
+    found = torch.autograd.grad(out, (q, k, v), dout)
+    with torch.no_grad():
+        rest = (resolved(t), *t[3:], mask, 0.2)
+        expected_out, lse = reference.forward(q, k, v, *rest)
+        expected = reference.backward(dout, q, k, v, expected_out, lse, *rest)
+    assert relative_rms(out, expected_out) <= KERNEL_FP8
+    for x, y in zip(found, expected, strict=True):
+        assert relative_rms(x, y) <= KERNEL_FP8_GRAD
+
+
+def test_dense_cells_are_torchs_attention_with_its_gradients():
+    t = small([[DENSE, DENSE]], prefix=2, suffix=2)
+    q, k, v = (x.detach().requires_grad_() for x in qkv(t))
+    expected = F.scaled_dot_product_attention(q, k, v)
+    out = attend(q, k, v, t)
+    assert relative_rms(out, expected) <= KERNEL_FP32
+    dout = torch.randn_like(out)
+    found = torch.autograd.grad(out, (q, k, v), dout)
+    for x, y in zip(found, torch.autograd.grad(expected, (q, k, v), dout), strict=True):
+        assert relative_rms(x, y) <= KERNEL_FP32
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2])
+def test_gradient_of_one_input_alone(needed):
+    t = small()
+    inputs = [x.detach() for x in qkv(t)]
+    inputs[needed].requires_grad_()
+    attend(*inputs, t).sum().backward()
+    assert [x.grad is not None for x in inputs] == [i == needed for i in range(3)]
+
+
+def test_lse_has_no_gradient():
+    t = small()
+    q, k, v = (x.detach().requires_grad_() for x in qkv(t))
+    out, lse = ops.attention(q, k, v, **t._asdict())
+    assert out.requires_grad and not lse.requires_grad
+
+
+def test_one_row_for_the_whole_batch():
+    t = small([[DENSE, NEAR]] * 2)
+    q, k, v = qkv(t)
+    one = t._replace(rows=torch.zeros(1, dtype=torch.int32))
+    assert torch.equal(
+        attend(q, k, v, one), attend(q, k, v, t._replace(rows=torch.zeros_like(t.rows)))
+    )
+
+
+def test_site_row_and_head_pick_the_mode():
+    t = small([[DENSE, DENSE], [NEAR, DENSE_FP8]])
+    q, k, v = qkv(t)
+    cells = torch.stack([t.cells[0], t.cells[0].flip(0), t.cells[0].flip(1)])
+    t = t._replace(cells=cells)
+    alone = {
+        m: attend(q, k, v, t._replace(cells=torch.full_like(cells, m)))
+        for m in (DENSE, NEAR, DENSE_FP8)
+    }
+    for site in range(3):
+        out = attend(q, k, v, t, site=site)
+        for b in range(2):
+            for h in range(2):
+                assert torch.equal(out[b, h], alone[int(cells[site, b, h])][b, h])
+
+
+def test_editing_the_tables_after_forward_does_not_change_backward():
+    t = small()
+    q, k, v = (x.detach().requires_grad_() for x in qkv(t))
+    out = attend(q, k, v, t)
+    expected = torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True)
+    t.cells.fill_(NEAR)
+    t.modes.zero_()
+    t.rows.zero_()
+    for x, y in zip(
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out)), expected, strict=True
+    ):
+        assert torch.equal(x, y)
+
+
+def test_editing_the_lists_after_forward_is_an_error_in_backward():
+    t = small()
+    q, k, v = (x.detach().requires_grad_() for x in qkv(t))
+    out = attend(q, k, v, t)
+    t.list_idx.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_float32(dtype):
+    t = small()
+    q, k, v = qkv(t, dtype=dtype)
+    out = attend(q, k, v, t)
+    assert out.dtype == dtype
+    assert relative_rms(out, attend(q.float(), k.float(), v.float(), t)) <= HALF_AGAINST_FP32
+
+
+def test_autocast_casts_as_torchs_attention_does():
+    t = small([[DENSE, NEAR]])
+    q, k, v = qkv(t)
+    expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), t)
+    leaf = q.detach().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+        found = attend(leaf, k, v.bfloat16(), t)  # as after a norm in float32
+        assert torch.equal(found, expected)
+        found.sum().backward()  # also when backward runs under autocast
+    assert leaf.grad is not None and leaf.grad.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(torch.compile(attend, fullgraph=True)(q, k, v, t), expected)
+
+
+def test_compiled_once_for_any_number_in_the_tables():
+    t = small()
+    q, k, v = (x.detach().requires_grad_() for x in qkv(t))
+    counters.clear()
+    compiled = torch.compile(attend, fullgraph=True)
+    for cells in (t.cells, t.cells.flip(2), torch.full_like(t.cells, NEAR)):
+        edited = t._replace(cells=cells, rows=t.rows.flip(0))
+        out, expected = compiled(q, k, v, edited), attend(q, k, v, edited)
+        assert torch.equal(out, expected)
+        dout = torch.randn_like(out)
+        for x, y in zip(
+            torch.autograd.grad(out, (q, k, v), dout),
+            torch.autograd.grad(expected, (q, k, v), dout),
+            strict=True,
+        ):
+            assert torch.equal(x, y)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def swapped(gather: Tensor) -> Tensor:
+    gather = gather.clone()
+    gather[0, 0] = gather[0, 1]
+    return gather
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "grid": (lambda a, t: a.update(tables((2, 5, 7), (1, 3, 4), MIXED)._asdict()),
+             "expected a layout of the 60 tokens of q, got one of 70; the grid"),
+    "gather twice": (lambda a, t: a.update(gather=swapped(t.gather)), "every position once"),
+    "gather outside": (lambda a, t: a.update(gather=t.gather + 1), "expected positions 0..59"),
+    "valid": (lambda a, t: a.update(valid=t.valid[:-1]), "entries of one layout, got 9, 8 and 7"),
+    "valid range": (lambda a, t: a.update(valid=t.valid + int32(-200, 200, 0, 0, 0, 0, 0, 0)),
+                    "expected 0..128 rows a tile, got -188..206"),
+    "pointers": (lambda a, t: a.update(list_ptr=t.list_ptr[:, 1:]), "of one layout"),
+    "pointers grow": (lambda a, t: a.update(list_ptr=t.list_ptr.flip(1)), "offsets that grow"),
+    "pointers end": (lambda a, t: a.update(list_ptr=t.list_ptr + 10**6), "offsets that grow"),
+    "list range": (lambda a, t: a.update(list_idx=t.list_idx + 1), "expected tiles 0..7, got 1..8"),
+    "list twice": (lambda a, t: a.update(list_idx=t.list_idx.clamp(min=1)), "every key tile once"),
+    "patterns": (lambda a, t: a.update(modes=t.modes + 2), "expected patterns 0..2"),
+    "modes": (lambda a, t: a.update(modes=t.modes[:, :1]), "expected 2 columns"),
+    "rows": (lambda a, t: a.update(rows=int32(0, 2)), "rows: expected 0..1 (rows of cells)"),
+    "batch of rows": (lambda a, t: a.update(rows=int32(0, 1, 0)), "one noise row a batch element"),
+    "cells": (lambda a, t: a.update(cells=t.cells + 6), "cells: expected 0..5 (rows of modes)"),
+    "heads of cells": (lambda a, t: a.update(cells=t.cells[:, :, :1]), "each of the 2 heads of q"),
+    "site": (lambda a, t: a.update(site=1), "expected 0 <= site < 1"),
+    "table dtype": (lambda a, t: a.update(rows=t.rows.long()), "rows: expected dtype torch.int32"),
+    "mask shape": (lambda a, t: a.update(key_mask=torch.ones(2, 59, dtype=torch.bool)), "[2, 60]"),
+    "mask dtype": (lambda a, t: a.update(key_mask=torch.ones(2, 60)), "expected dtype torch.bool"),
+    "dimensions": (lambda a, t: a.update(q=a["q"][0]), "q: expected 4 dimensions [B, H, N, D]"),
+    "cross": (lambda a, t: a.update(k=a["k"][:, :, :9], v=a["v"][:, :, :9]), "cross-attention"),
+    "key heads": (lambda a, t: a.update(k=a["k"].repeat(1, 2, 1, 1), v=a["v"].repeat(1, 2, 1, 1)),
+                  "divides q's 2, got 4"),
+    "k and v": (lambda a, t: a.update(v=a["v"][:, :1]), "k and v: expected"),
+    "dtypes": (lambda a, t: a.update(v=a["v"].bfloat16()), "expected one dtype, got"),
+    "float64": (lambda a, t: a.update({n: a[n].double() for n in "qkv"}), "torch.float64 is not"),
+    "head_dim": (lambda a, t: a.update({n: a[n][..., :12] for n in "qkv"}), "12 is not within 16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case):
+    t = small()
+    q, k, v = qkv(t)
+    arguments = {"q": q, "k": k, "v": v, **t._asdict()}
+    ops.attention(**arguments)
+    spoil, message = BAD[case]
+    spoil(arguments, t)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ops.attention(**arguments)
+
+
+def test_too_wide_heads():
+    t = small()
+    with pytest.raises(ValueError, match="head_dim 257 is not within 16..256"):
+        attend(*qkv(t, dim=257), t)

@@ -1,0 +1,42 @@
+"""Every numerical threshold of the tests, in one metric: relative root mean square error.
+
+The largest value measured stands beside each threshold; thresholds are a few times that. Two
+implementations of one formula differ in the order of float32 sums and, where they round, in values
+so near the middle between two numbers that this order decides which way they round: in fp8 cells
+about one value in 10**5, which then differs by 6% to 12%.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A kernel against the reference, in cells of one kind: out, dq, dk and dv.
+KERNEL_FP32 = 1e-5  # 2.5e-6, a gradient; also lse, in all cells (1.4e-7)
+KERNEL_HALF = 6e-4  # 1.5e-4: results of bfloat16 that round the other way
+KERNEL_FP8 = 5e-4  # 1.2e-4
+KERNEL_FP8_GRAD = 5e-4  # 9.2e-5
+
+# What rounding itself costs, on random numbers.
+HALF_AGAINST_FP32 = 5e-3  # 1.7e-3: half an ulp of bfloat16's 8 bits
+FP8_AGAINST_EXACT = 0.06  # 2.9e-2: three mantissa bits in q, k, v and p, averaged over keys
+FP8_LSE_AGAINST_EXACT = 1e-2  # 2.5e-3
+
+# A compiled model against the same model uncompiled.
+COMPILED_DENSE = 1e-5  # against eager, float32, everything dense: the order of sums only
+COMPILED_FP8 = 1e-2  # against the reference in an uncompiled model, fp8 cells
+COMPILED_GRAD = 2e-2  # gradients of weights, the same pair
+
+
+def relative_rms(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected| in Frobenius norms; infinity where a value is not finite.
+
+    Where expected is all zero: zero if found is too, else infinity.
+    """
+    found, expected = found.detach().double(), expected.detach().double()
+    error, size = torch.linalg.vector_norm(found - expected), torch.linalg.vector_norm(expected)
+    if not (error.isfinite() and size.isfinite()):
+        return float("inf")
+    if size == 0:
+        return 0.0 if error == 0 else float("inf")
+    return float(error / size)
