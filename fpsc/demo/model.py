@@ -19,7 +19,7 @@ from fpsc.demo.clips import FRAMES, HEIGHT, TEXT_DIM, WIDTH
 PATCH = (2, 4, 4)
 GRID = (FRAMES // PATCH[0], HEIGHT // PATCH[1], WIDTH // PATCH[2])  # 8 x 16 x 16 = 2,048 tokens
 TRAIN_TIMESTEPS = 1000
-FLOW_SHIFT = 3.0
+FLOW_SHIFT = 6.0
 
 # Mean and standard deviation of the clips' RGB in [-1, 1], all channels together.
 CODEC_MEAN, CODEC_STD = -0.16, 0.33

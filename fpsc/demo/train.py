@@ -37,7 +37,6 @@ from rich.progress import (
 
 from fpsc.demo.clips import clip, encode_prompt
 from fpsc.demo.model import (
-    FLOW_SHIFT,
     TRAIN_TIMESTEPS,
     build_model,
     encode_clip,
@@ -52,22 +51,38 @@ WORKERS = 2
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` steps on batches of `batch` clips of `frames` frames."""
+    """`steps` steps on batches of `batch` clips of `frames` frames.
+
+    `shift` moves the noise levels towards 1. Learning rates go from the first to the second factor
+    of `lr` in a straight line.
+    """
 
     frames: int
     batch: int
     steps: int
+    shift: float = 3.0
+    lr: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """All hyper-parameters. The defaults are those of the shipped weights.
 
-    Learning rates rise over `warmup` steps, hold until `hold` of all steps and fall linearly to
-    zero. Matrices of the blocks are trained by Muon, everything else by AdamW.
+    Short clips teach colours, textures and outlines at a seventh of the cost; the long ones teach
+    motion. The last stage trains at high noise, where the sampler decides what goes where: at
+    shift 3 only one clip in seven is noisier than 0.9, and shapes came out torn.
+
+    Matrices of the blocks are trained by Muon, everything else by AdamW; both learning rates rise
+    over the first `warmup` steps.
     """
 
-    stages: tuple[Stage, ...] = (Stage(4, 8, 1200), Stage(8, 4, 300), Stage(16, 2, 2500))
+    stages: tuple[Stage, ...] = (
+        Stage(4, 8, 1200),
+        Stage(8, 4, 300),
+        Stage(16, 2, 100),
+        Stage(16, 2, 2000, lr=(1.0, 1 / 6)),
+        Stage(16, 2, 2600, shift=6.0, lr=(0.8, 0.0)),
+    )
     heads: int = 3
     head_dim: int = 64
     layers: int = 6
@@ -76,7 +91,6 @@ class Recipe:
     adam_lr: float = 2e-3
     weight_decay: float = 0.01
     warmup: int = 100
-    hold: float = 0.4
     ema_decay: float = 0.995
     no_prompt: float = 0.1
     sigma_floor: float = 0.1
@@ -90,11 +104,11 @@ class Recipe:
         """Optimiser steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
-    def stage(self, step: int) -> Stage:
-        """The stage that `step` belongs to."""
+    def stage(self, step: int) -> tuple[Stage, int]:
+        """The stage that `step` belongs to, and how many of its steps lie before."""
         for stage in self.stages:
             if step < stage.steps:
-                return stage
+                return stage, step
             step -= stage.steps
         raise IndexError(f"step is past the end of the recipe ({self.steps} steps)")
 
@@ -107,9 +121,10 @@ class Recipe:
         return used
 
     def lr_scale(self, step: int) -> float:
-        """Factor on both learning rates, in (0, 1]."""
-        done = step / self.steps
-        return min(1.0, (step + 1) / self.warmup, (1 - done) / (1 - self.hold))
+        """Factor on both learning rates."""
+        stage, done = self.stage(step)
+        first, last = stage.lr
+        return min(1.0, (step + 1) / self.warmup) * (first + (last - first) * done / stage.steps)
 
 
 class MatmulAttention:
@@ -170,7 +185,7 @@ class Batch:
 
 def training_batch(recipe: Recipe, step: int) -> Batch:
     """The batch of a step: the same whenever and wherever it is asked for."""
-    stage = recipe.stage(step)
+    stage, _ = recipe.stage(step)
     rng = np.random.RandomState((recipe.seed * 1_000_003 + step) % 2**32)
     first = recipe.first_clip(step)
     drawn = [clip(first + i, stage.frames) for i in range(stage.batch)]
@@ -179,10 +194,9 @@ def training_batch(recipe: Recipe, step: int) -> Batch:
     ]
     clean = encode_clip(torch.stack([picture for picture, _ in drawn]))
     noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape)).astype(np.float32))
-    # Logit-normal (Esser et al. 2024, "Scaling Rectified Flow Transformers"), moved towards noise
-    # by the same shift that the sampler uses.
+    # Logit-normal (Esser et al. 2024, "Scaling Rectified Flow Transformers"), moved towards noise.
     sigma = torch.from_numpy(rng.standard_normal(stage.batch).astype(np.float32)).sigmoid()
-    sigma = FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
+    sigma = stage.shift * sigma / (1 + (stage.shift - 1) * sigma)
     return Batch(clean, noise, torch.stack(text), sigma)
 
 
@@ -357,7 +371,7 @@ def train(
         task = progress.add_task("training", total=recipe.steps, completed=trainer.step)
         while trainer.step < end:
             recent.append(trainer.train_step(pool))
-            stage = recipe.stage(trainer.step - 1)
+            stage, _ = recipe.stage(trainer.step - 1)
             if trainer.step % 50 == 0:
                 line = {
                     "step": trainer.step,

@@ -1,7 +1,6 @@
 """The recipe: what a step depends on, and that a stopped run goes on as if it had not stopped."""
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,18 +40,31 @@ def test_clips_are_used_once_each_in_order() -> None:
     recipe = Recipe(stages=(Stage(2, 4, 3), Stage(4, 2, 5)))
     assert recipe.steps == 8
     assert [recipe.first_clip(step) for step in range(9)] == [0, 4, 8, 12, 14, 16, 18, 20, 22]
-    assert [recipe.stage(step).frames for step in range(8)] == [2, 2, 2, 4, 4, 4, 4, 4]
+    assert [recipe.stage(step)[0].frames for step in range(8)] == [2, 2, 2, 4, 4, 4, 4, 4]
+    assert [recipe.stage(step)[1] for step in range(8)] == [0, 1, 2, 0, 1, 2, 3, 4]
     with pytest.raises(IndexError):
         recipe.stage(8)
 
 
-def test_learning_rate_rises_holds_and_falls_to_nothing() -> None:
-    recipe = Recipe(stages=(Stage(2, 4, 1000),), warmup=100, hold=0.4)
-    scales = [recipe.lr_scale(step) for step in range(1000)]
+def test_learning_rate_rises_holds_and_falls_in_each_stage() -> None:
+    recipe = Recipe(
+        stages=(Stage(2, 4, 200), Stage(2, 4, 100, lr=(1, 0)), Stage(2, 4, 50, lr=(0.5, 0.1))),
+        warmup=100,
+    )
+    scales = [recipe.lr_scale(step) for step in range(350)]
     assert scales[0] == pytest.approx(0.01)
-    assert scales[99:401] == [1.0] * 302
-    assert all(a > b > 0 for a, b in itertools.pairwise(scales[401:]))
-    assert scales[-1] < 0.002
+    assert scales[99:201] == [1.0] * 102
+    assert scales[200:300] == pytest.approx([1 - i / 100 for i in range(100)])
+    assert scales[300] == 0.5 and scales[325] == pytest.approx(0.3)
+
+
+def test_shift_moves_noise_levels() -> None:
+    """The same normal draws: sigma / (1 - sigma) is `shift` times as large."""
+    plain, shifted = (
+        training_batch(Recipe(stages=(Stage(1, 8, 1, shift=shift),)), 0).sigma.double()
+        for shift in (1.0, 6.0)
+    )
+    torch.testing.assert_close(shifted / (1 - shifted), 6 * plain / (1 - plain), rtol=1e-4, atol=0)
 
 
 def test_a_batch_is_a_function_of_its_step() -> None:
