@@ -172,9 +172,7 @@ def _compile(
     timestep = analysis.timestep if rewritten.returns_rows else None
     launcher = Launcher(rewritten, analysis.program, state, timestep, report)
     weights = [example_inputs[t.weight.position] for t in analysis.targets if t.weight]
-    state.add_layers(weights)
-    for weight in weights:
-        runtime.remember(weight, state)
+    runtime.remember(weights, state)
     launcher.prepare()
     if not rewritten.returns_rows and root is not None and not root.compiled:
         state.install_hook()

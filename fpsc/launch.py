@@ -132,14 +132,10 @@ class Launcher:
         weight = args[position]
         state = runtime.state_of(weight)
         if state is None:
-            state = self._adopt(weight)
-            state.add_layers([args[p] for p in self._weights if p is not None])
-            for p in self._weights:
-                if p is not None:
-                    runtime.remember(args[p], state)
+            state = self._adopt(weight, [args[p] for p in self._weights if p is not None])
         return state
 
-    def _adopt(self, weight: Tensor) -> ModelState:
+    def _adopt(self, weight: Tensor, weights: Sequence[Tensor]) -> ModelState:
         """State for a model that shares compiled code, or whose parameters were replaced."""
         running = roots.running_modules()
         holding = [r for r in running if any(p is weight for p in r.module.parameters())]
@@ -147,15 +143,17 @@ class Launcher:
         if root is None:
             return self.state
         state = runtime.state_of_root(root.module)
+        fresh = state is None
         if state is None:
             own = self.state
             state = ModelState(root.module, own.policy, own.options, own.convention)
             runtime.remember_root(root.module, state)
-            state.table(self._heads, self._device)
-            if not self.rewritten.returns_rows:
-                state.install_hook()
-                if root.args is not None:
-                    state.observe(root.args, root.kwargs)
+        runtime.remember(weights, state)
+        state.table(self._heads, self._device)
+        if fresh and not self.rewritten.returns_rows:
+            state.install_hook()
+            if root.args is not None:
+                state.observe(root.args, root.kwargs)
         return state
 
     def _extra(self, state: ModelState, args: Sequence[Any]) -> list[Tensor]:

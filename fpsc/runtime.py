@@ -367,8 +367,11 @@ def state_of(weight: Tensor) -> ModelState | None:
     return _by_weight.get(weight)
 
 
-def remember(weight: Tensor, state: ModelState) -> None:
-    _by_weight[weight] = state
+def remember(weights: Sequence[Tensor], state: ModelState) -> None:
+    """Make the weights in front of the sites of a graph known as layers of a model."""
+    state.add_layers(weights)
+    for weight in weights:
+        _by_weight[weight] = state
 
 
 def state_of_root(root: nn.Module) -> ModelState | None:

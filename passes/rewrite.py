@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -91,7 +92,7 @@ class _Writer:
         """A copy of one graph with its sites replaced and `inputs` appended."""
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
-        result = graph.graph_copy(body.graph, copied)
+        result: Any = graph.graph_copy(body.graph, copied)
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         # `graph_copy` does not copy the output node, so nodes go where the last placeholder ends.
         anchor = placeholders[-1] if placeholders else graph._root
@@ -116,7 +117,7 @@ class _Writer:
                 names = [n for n in values if n != "edges"]
                 children[child.attribute] = self.copy(child, names)
                 call = copied[child.call]
-                call.args = (*call.args, *[values[n] for n in names])  # type: ignore[arg-type]
+                call.args = (*call.args, *[values[n] for n in names])
         if timestep is not None:
             result = (*_as_tuple(result), values["rows"])
         graph.output(result)
@@ -202,5 +203,5 @@ def _rows_example(timestep: fx.Node) -> torch.Tensor:
     return value.new_empty(batch, dtype=torch.int32)
 
 
-def _as_tuple(result: object) -> tuple[object, ...]:
+def _as_tuple(result: Any) -> tuple[Any, ...]:
     return tuple(result) if isinstance(result, list | tuple) else (result,)

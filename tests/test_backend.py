@@ -82,18 +82,19 @@ def test_every_phase_equals_the_reference_without_recompiling(compile_, phases):
     assert [p.forwards > 0 for p in report.phases] == [True] * 3
     keeps = [p.keep for p in report.phases]
     assert keeps == sorted(keeps, reverse=True) and keeps[0] == 1.0
-    assert "keep 0.17 at noise 0.00" in report.summary()
+    assert "keep 0.08 at noise 0.00" in report.summary()
 
 
 def test_thirty_blocks_are_one_graph(phases):
-    model, inputs = small_wan(layers=30), small_inputs((600.0,))
+    grid = (2, 4, 5)
+    model, inputs = small_wan(layers=30), small_inputs((600.0,), grid)
     expected = reference_forward(model, inputs, Policy.load(phases))
     compile_blocks(model, policy=phases)
     with torch.no_grad():
         found = model(**inputs)[0]
         with NO_RECOMPILE:
             for t in torch.linspace(1000, 0, 50).tolist():
-                model(**small_inputs((t,)))
+                model(**small_inputs((t,), grid))
     assert relative_rms(found, expected) <= COMPILED_FP8
     assert graphs() == 1
     (report,) = fpsc.reports()
