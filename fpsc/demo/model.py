@@ -86,7 +86,9 @@ def save_model(model: WanTransformer3DModel, folder: Path) -> None:
     """Write a diffusers folder, weights in bfloat16 safetensors."""
     stored = type(model).from_config(model.config)
     stored.load_state_dict(model.state_dict())
-    stored.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
+    for parameter in stored.parameters():  # all of them; `stored.to` would warn of the norms
+        parameter.data = parameter.data.bfloat16()
+    stored.save_pretrained(folder, safe_serialization=True)
 
 
 def build_scheduler() -> UniPCMultistepScheduler:
