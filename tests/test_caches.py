@@ -1,4 +1,4 @@
-"""Compile caches: our sources and a policy's structure are a part of their key, its numbers are not."""
+"""Compile caches: our sources and a policy's structure are in their key, its numbers are not."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ class Table:
 
     Attributes:
         edges: float32 [ROWS], descending noise levels between rows, then -1. The row of a level
-            is the number of edges that it does not exceed (`fpsc.kernels.rows.row_index`); row 0 is the noisiest.
+            is the number of edges that it does not exceed (`fpsc.kernels.rows`); row 0 is the
+            noisiest.
         cells: int32 [layers, ROWS, heads], an index into `modes`. Padding rows repeat the last.
         modes: int32 [MODES, 2], columns pattern (the plan's numbering) and dtype (0: computed in
             the input's dtype, 1: FP8). Padding is zero.
