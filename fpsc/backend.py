@@ -65,7 +65,7 @@ def fpsattn(
     analysis = _analyse(gm, state, root)
     if not analysis.candidates:
         return inductor(gm, list(example_inputs), config_patches=patches)
-    report = _report(analysis, state, origin)
+    report = _report(analysis, state, origin, hooked=_takes_hook(root))
     record(report)
     _check(report, parsed)
     if not analysis.targets:
@@ -81,7 +81,7 @@ def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) 
         options: as for the backend.
     """
     state, origin = _state(None, parse(None, options))
-    return _report(_analyse(gm, state, None), state, origin)
+    return _report(_analyse(gm, state, None), state, origin, hooked=True)
 
 
 def _state(root: RunningModule | None, options: Options) -> tuple[ModelState, str]:
@@ -127,10 +127,21 @@ def _analyse(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) 
     )
 
 
-def _report(analysis: Analysis, state: ModelState, origin: str) -> Report:
+def _takes_hook(root: RunningModule | None) -> bool:
+    """Whether a hook on the root runs outside compiled code: it does where a part is compiled."""
+    return root is not None and not root.compiled
+
+
+def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) -> Report:
     threaded = analysis.timestep is not None and state.convention is not None
     notes = list(analysis.warnings)
-    if state.convention is None:
+    if state.convention is not None and not threaded and not hooked:
+        notes.append(
+            "the timestep is not a tensor among the inputs of this graph: every forward uses the "
+            "policy's densest row; pass it as a tensor, and name its argument with "
+            'options={"timestep": {"argument": ...}} if it has an unusual name'
+        )
+    elif state.convention is None:
         notes.append(
             "the convention of this model's timestep is not known: every forward uses the policy's "
             'densest row; state it with options={"timestep": {"convention": "flow"}}'
@@ -141,7 +152,11 @@ def _report(analysis: Analysis, state: ModelState, origin: str) -> Report:
         policy=state.policy.name,
         policy_source=origin,
         sites=sites_of(analysis),
-        timestep="an input of the graph" if threaded else "the arguments of the root module",
+        timestep="an input of the graph"
+        if threaded
+        else "the root module"
+        if hooked
+        else "nowhere",
         notes=notes,
         _state=None,
     )
@@ -174,7 +189,7 @@ def _compile(
     weights = [example_inputs[t.weight.position] for t in analysis.targets if t.weight]
     runtime.remember(weights, state)
     launcher.prepare()
-    if not rewritten.returns_rows and root is not None and not root.compiled:
+    if root is not None and _takes_hook(root) and not rewritten.returns_rows:
         state.install_hook()
         if root.args is not None:
             state.observe(root.args, root.kwargs)

@@ -84,7 +84,7 @@ class Launcher:
             state.count(rows, args[self._timestep])
         if self._first:
             self._first = False
-            log.info("%s", self.report.summary())
+            log.info("fpsc: %s", self.report.summary())
         return tuple(outputs)
 
     # ---- for the first compilation

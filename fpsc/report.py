@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from fpsc.passes.manager import Analysis, path_of
 from fpsc.passes.match import Role
@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from fpsc.runtime import ModelState
 
 log = logging.getLogger("fpsc")
+
+
+class _Standard(logging.StreamHandler[TextIO]):
+    """To standard error, as long as the application has set up no logging of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            super().emit(record)
+
+
+if log.level == logging.NOTSET:
+    log.setLevel(logging.INFO)
+    log.addHandler(_Standard())
 
 
 class NothingReplacedWarning(UserWarning):

@@ -7,6 +7,7 @@ A Dynamo graph is not functional: `out[..., 0::2] = x` leaves `x` off the use ch
 from __future__ import annotations
 
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -155,10 +156,8 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
-    path = path.replace("L['self']", "").replace("._modules", "").replace("__dict__", "")
-    for old, new in (("['", "."), ("']", ""), ("[", "."), ("]", ""), ("..", ".")):
-        path = path.replace(old, new)
-    return path.strip(".")
+    names = re.findall(r"[\w-]+", path.replace("L['self']", ""))
+    return ".".join(n for n in names if n not in ("__dict__", "_modules"))
 
 
 @dataclass

@@ -261,6 +261,35 @@ def test_unknown_convention_takes_the_densest_row(phases):
         assert relative_rms(found, reference_forward(model.inner, inputs, policy)) <= COMPILED_FP8
 
 
+def test_timestep_that_is_a_number_takes_the_densest_row(phases):
+    model, inputs = small_wan(), small_inputs((100.0,))
+
+    class Fixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, hidden_states, timestep, text):
+            return self.inner(hidden_states, torch.full((1,), timestep), text, return_dict=False)
+
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        compiled = compile_whole(Fixed().eval(), policy=phases, timestep={"convention": "flow"})
+        with pytest.warns(UserWarning, match="timestep is not a tensor"):
+            found = compiled(inputs["hidden_states"], 100.0, inputs["encoder_hidden_states"])[0]
+    assert relative_rms(found, expected) <= COMPILED_DENSE
+
+
+def test_fp8_cells_without_emulation_are_computed_in_the_input_dtype(phases):
+    model, inputs = small_wan(), small_inputs((100.0,))
+    exact = {**PHASES["modes"], "window": {**PHASES["modes"]["window"], "dtype": "bf16"}}
+    policy = Policy.from_dict({**PHASES, "modes": exact})
+    expected = reference_forward(model, inputs, policy)
+    with torch.no_grad():
+        found = compile_whole(model, policy=phases, emulate_fp8=False)(**inputs)[0]
+    assert relative_rms(found, expected) <= COMPILED_DENSE
+
+
 def test_user_options_reach_inductor_and_the_users_own_pass_runs(phases):
     from torch._inductor.custom_graph_pass import CustomGraphPass
 

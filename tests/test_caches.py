@@ -80,6 +80,7 @@ def run(copy: Path) -> dict[str, list[int]]:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
+    assert "replaced 1 of 1 video self-attentions" in done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 

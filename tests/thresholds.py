@@ -23,9 +23,9 @@ FP8_AGAINST_EXACT = 0.06  # 2.9e-2: three mantissa bits in q, k, v and p, averag
 FP8_LSE_AGAINST_EXACT = 1e-2  # 2.5e-3
 
 # A compiled model against the same model uncompiled.
-COMPILED_DENSE = 1e-5  # against eager, float32, everything dense: the order of sums only
-COMPILED_FP8 = 1e-2  # against the reference in an uncompiled model, fp8 cells
-COMPILED_GRAD = 2e-2  # gradients of weights, the same pair
+COMPILED_DENSE = 1e-5  # 5.3e-7 against eager, float32, everything dense: the order of sums only
+COMPILED_FP8 = 1e-4  # 3.9e-6 against the reference in an uncompiled model, fp8 cells
+COMPILED_GRAD = 3e-3  # 7.6e-4: gradients of weights, the bias of a k projection, near zero
 
 
 def relative_rms(found: Tensor, expected: Tensor) -> float:
