@@ -95,7 +95,10 @@ def _state(root: RunningModule | None, options: Options) -> tuple[ModelState, st
     else:
         policy, origin = find("generic"), "default"
     known = runtime.state_of_root(module) if module is not None else None
-    if known is not None and _same(known, policy, options):
+    if known is not None and _serves(known, policy, options):
+        if policy.spec != known.loaded.spec:  # the file was edited since
+            known.loaded = policy
+            known.set_policy(policy)
         return known, origin
     convention = options.timestep.convention or (family.convention if family else None)
     state = ModelState(module, policy, options, convention)
@@ -106,12 +109,10 @@ def _state(root: RunningModule | None, options: Options) -> tuple[ModelState, st
     return state, origin
 
 
-def _same(state: ModelState, policy: Policy, options: Options) -> bool:
-    """Whether a model's state serves these options too; its numbers may have been edited since."""
-    same_policy = options.policy == state.options.policy and (
-        runtime.structure_of(policy) == runtime.structure_of(state.policy)
-    )
-    return same_policy and options == state.options
+def _serves(state: ModelState, policy: Policy, options: Options) -> bool:
+    """Whether the state that a model has serves these options too; numbers may differ."""
+    same_structure = runtime.structure_of(policy) == runtime.structure_of(state.policy)
+    return same_structure and options == state.options
 
 
 def _analyse(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) -> Analysis:

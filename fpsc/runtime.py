@@ -96,6 +96,7 @@ class ModelState:
     ) -> None:
         self._root = weakref.ref(root) if root is not None else lambda: None
         self.policy = policy
+        self.loaded = policy  # as the options gave it; `set_policy` may have replaced it since
         self.options = options
         self.convention = convention
         self.forward = Forward()

@@ -172,6 +172,18 @@ def test_numbers_of_a_policy_change_without_recompiling(phases):
         fpsc.set_policy(torch.nn.Linear(2, 2), changed)
 
 
+def test_an_edited_policy_file_is_read_when_the_model_is_compiled_again(phases):
+    model, inputs = small_wan(), small_inputs((600.0,))
+    with torch.no_grad():
+        before = compile_whole(model, policy=phases)(**inputs)[0]
+        changed = Policy.load(phases).with_values({"modes.near.keep": 0.2})
+        changed.save(phases)
+        torch._dynamo.reset()
+        after = compile_whole(model, policy=phases)(**inputs)[0]
+    assert relative_rms(after, reference_forward(model, inputs, changed)) <= COMPILED_FP8
+    assert relative_rms(after, before) > COMPILED_FP8
+
+
 def test_second_resolution_of_a_dynamic_graph(phases):
     model, policy = small_wan(), Policy.load(phases)
     compiled = torch.compile(
