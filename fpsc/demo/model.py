@@ -4,11 +4,17 @@ The model predicts the clean latent ("sample" prediction). A small network learn
 sharp edges far sooner that way than when it must also carry the noise through to its output
 (Li and He, "Back to Basics: Let Denoising Generative Models Denoise", arXiv 2511.13720). UniPC
 takes such predictions as they are.
+
+Wan's positions are rotations of queries and keys, so only distances between tokens are known to
+it. Where a shape must be at the start to move right is learned sooner with the place as an input:
+twelve channels beside the latent, as Wan's image-to-video models take their first frame.
 """
 
 from __future__ import annotations
 
 import importlib.resources
+import math
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,6 +26,8 @@ PATCH = (2, 4, 4)
 GRID = (FRAMES // PATCH[0], HEIGHT // PATCH[1], WIDTH // PATCH[2])  # 8 x 16 x 16 = 2,048 tokens
 TRAIN_TIMESTEPS = 1000
 FLOW_SHIFT = 6.0
+
+LATENT_CHANNELS, PLACE_CHANNELS = 3, 12
 
 # Mean and standard deviation of the clips' RGB in [-1, 1], all channels together.
 CODEC_MEAN, CODEC_STD = -0.16, 0.33
@@ -35,27 +43,58 @@ def decode_clip(latent: torch.Tensor) -> torch.Tensor:
     return (latent * CODEC_STD + CODEC_MEAN).clamp(-1, 1)
 
 
+@cache
+def places(frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
+    """Where each pixel of a clip is: float32 [1, PLACE_CHANNELS, frames, height, width].
+
+    For u from -1 to 1 along each axis: sin and cos of pi u / 2 and of pi u.
+    """
+    axes = torch.meshgrid(
+        *(torch.linspace(-1, 1, n) for n in (frames, height, width)), indexing="ij"
+    )
+    waves = [
+        wave(math.pi * u * turn)
+        for u in axes
+        for turn in (0.5, 1)
+        for wave in (torch.sin, torch.cos)
+    ]
+    return torch.stack(waves)[None]
+
+
+def with_places(latent: torch.Tensor, told: bool = True) -> torch.Tensor:
+    """The model's input for latents [B, 3, F, H, W]: [B, 15, F, H, W], zeros where not `told`."""
+    place = places(*latent.shape[2:]).expand(len(latent), -1, -1, -1, -1)
+    return torch.cat([latent, place if told else torch.zeros_like(place)], dim=1)
+
+
 def build_model(
     *, heads: int = 3, head_dim: int = 64, layers: int = 6, ffn_dim: int = 512
 ) -> WanTransformer3DModel:
     """A Wan transformer with fresh weights; the defaults are the shipped one (3.3 M parameters).
 
-    The output layer starts at zero, so that the first prediction is the mean clip.
+    The output layer starts at zero, so that the first prediction is the mean clip, and so do the
+    weights of the places.
     """
-    model = WanTransformer3DModel(
-        patch_size=PATCH,
-        num_attention_heads=heads,
-        attention_head_dim=head_dim,
-        in_channels=3,
-        out_channels=3,
-        text_dim=TEXT_DIM,
-        freq_dim=256,
-        ffn_dim=ffn_dim,
-        num_layers=layers,
-        rope_max_seq_len=64,
-    )
-    torch.nn.init.zeros_(model.proj_out.weight)
-    torch.nn.init.zeros_(model.proj_out.bias)
+    config = {
+        "patch_size": PATCH,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "out_channels": LATENT_CHANNELS,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 256,
+        "ffn_dim": ffn_dim,
+        "num_layers": layers,
+        "rope_max_seq_len": 64,
+    }
+    start = WanTransformer3DModel(**config, in_channels=LATENT_CHANNELS)
+    torch.nn.init.zeros_(start.proj_out.weight)
+    torch.nn.init.zeros_(start.proj_out.bias)
+    state = start.state_dict()
+    weight = state["patch_embedding.weight"]
+    extra = weight.new_zeros(weight.shape[0], PLACE_CHANNELS, *weight.shape[2:])
+    state["patch_embedding.weight"] = torch.cat([weight, extra], dim=1)
+    model = WanTransformer3DModel(**config, in_channels=LATENT_CHANNELS + PLACE_CHANNELS)
+    model.load_state_dict(state)
     return model
 
 

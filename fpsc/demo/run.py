@@ -25,6 +25,7 @@ from fpsc.demo.model import (
     build_scheduler,
     decode_clip,
     load_model,
+    with_places,
 )
 from fpsc.demo.pictures import write_gif, write_sheet
 
@@ -67,7 +68,7 @@ def sample(
     scheduler.set_timesteps(steps)
     latent = noise
     for done, timestep in enumerate(scheduler.timesteps):
-        clean = model(latent, timestep[None], text[None], return_dict=False)[0]
+        clean = model(with_places(latent), timestep[None], text[None], return_dict=False)[0]
         latent = scheduler.step(clean, timestep, latent, return_dict=False)[0]
         on_step(done + 1)
     return decode_clip(latent[0])
@@ -97,7 +98,8 @@ def generate(
     began = time.perf_counter()
     with torch.no_grad():
         # int64 as the scheduler's timesteps are, or the first step would compile again.
-        compiled(noise, torch.tensor([TRAIN_TIMESTEPS - 1]), text[None], return_dict=False)
+        first = torch.tensor([TRAIN_TIMESTEPS - 1])
+        compiled(with_places(noise), first, text[None], return_dict=False)
     compiled_at = time.perf_counter()
     clip = sample(
         compiled,

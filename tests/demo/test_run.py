@@ -10,15 +10,26 @@ from typer.testing import CliRunner
 
 import fpsc
 from fpsc.cli import app
-from fpsc.demo.clips import COLOURS, EXAMPLE, encode_prompt, parse_prompt
+from fpsc.demo.clips import (
+    COLOURS,
+    EXAMPLE,
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    encode_prompt,
+    parse_prompt,
+)
 from fpsc.demo.model import (
     CODEC_MEAN,
     CODEC_STD,
+    PLACE_CHANNELS,
     build_model,
     decode_clip,
     encode_clip,
     load_model,
+    places,
     save_model,
+    with_places,
 )
 from fpsc.demo.run import generate, run, sample, start_noise
 
@@ -68,11 +79,11 @@ def test_the_first_latent_is_the_noise_and_levels_fall() -> None:
 
     def model(latent: torch.Tensor, timestep: torch.Tensor, *args: object, **kwargs: object):
         seen.append((float(timestep), latent))
-        return (latent * 0,)
+        return (latent[:, :3] * 0,)
 
     noise, done = torch.randn(1, 3, 2, 4, 4), []
     sample(model, encode_prompt(SCENE), noise, steps=6, on_step=done.append)
-    assert torch.equal(seen[0][1], noise)
+    assert torch.equal(seen[0][1], with_places(noise))
     levels = [level for level, _ in seen]
     assert levels[0] == 999 and levels == sorted(levels, reverse=True) and levels[-1] > 0
     assert done == [1, 2, 3, 4, 5, 6]
@@ -158,3 +169,22 @@ def test_a_folder_that_cannot_be_written_is_said_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [["--steps", "0"], ["--seed", "-1"]])
 def test_numbers_out_of_range(bad: list[str]) -> None:
     assert CliRunner().invoke(app, ["demo", *bad]).exit_code == 2
+
+
+def test_places_tell_every_pixel_apart() -> None:
+    place = places()
+    assert place.shape == (1, PLACE_CHANNELS, FRAMES, HEIGHT, WIDTH)
+    flat = place[0].flatten(1).T
+    assert len(torch.unique((flat * 1e4).round(), dim=0)) == FRAMES * HEIGHT * WIDTH
+    # Channels 0 to 3 follow time, 4 to 7 rows, 8 to 11 columns; the first of each rises along it.
+    for axis, channel in enumerate((0, 4, 8)):
+        assert (place[0, channel].diff(dim=axis) > 0).all()
+    assert torch.equal(place[:, 8:, :1, :1], places(2, 8, WIDTH)[:, 8:, :1, :1])
+
+
+def test_places_stand_beside_the_latent() -> None:
+    latent = torch.randn(2, 3, 2, 8, 8)
+    told, untold = with_places(latent), with_places(latent, told=False)
+    assert torch.equal(told[:, :3], latent) and torch.equal(untold[:, :3], latent)
+    assert torch.equal(told[1, 3:], places(2, 8, 8)[0]) and not untold[:, 3:].any()
+    assert told.shape[1] == build_model(heads=1, layers=1, ffn_dim=8).config.in_channels

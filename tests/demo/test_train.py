@@ -14,8 +14,16 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from fpsc.demo import train as recipes
 from fpsc.demo.clips import TEXT_DIM, TEXT_TOKENS
-from fpsc.demo.model import build_model, load_model
-from fpsc.demo.train import MatmulAttention, Recipe, Stage, Trainer, train, training_batch
+from fpsc.demo.model import build_model, load_model, with_places
+from fpsc.demo.train import (
+    MatmulAttention,
+    Recipe,
+    Stage,
+    Trainer,
+    losses,
+    train,
+    training_batch,
+)
 
 TINY = Recipe(
     stages=(Stage(frames=2, batch=2, steps=4), Stage(frames=4, batch=2, steps=2)),
@@ -71,9 +79,10 @@ def test_a_batch_is_a_function_of_its_step() -> None:
     recipe = Recipe()
     one, again, other = (training_batch(recipe, step) for step in (7, 7, 8))
     assert one.clean.shape == (8, 3, 4, 64, 64) and one.text.shape == (8, TEXT_TOKENS, TEXT_DIM)
-    for name, value in vars(one).items():
-        assert torch.equal(value, getattr(again, name))
-        assert not torch.equal(value, getattr(other, name))
+    for name in ("clean", "noise", "text", "sigma"):
+        assert torch.equal(getattr(one, name), getattr(again, name))
+        assert not torch.equal(getattr(one, name), getattr(other, name))
+    assert one.places == recipe.stages[0].places
     assert ((one.sigma > 0) & (one.sigma < 1)).all()
     assert training_batch(dataclasses.replace(recipe, seed=1), 7).sigma[0] != one.sigma[0]
 
@@ -100,12 +109,27 @@ def test_training_attention_equals_that_of_diffusers() -> None:
     batch = training_batch(TINY, 0)
 
     def output() -> torch.Tensor:
-        return model(batch.noisy, batch.sigma * 1000, batch.text, return_dict=False)[0]
+        latent = with_places(batch.noisy)
+        return model(latent, batch.sigma * 1000, batch.text, return_dict=False)[0]
 
     expected = output()
     model.set_attn_processor(MatmulAttention())
     torch.testing.assert_close(output(), expected, rtol=1e-4, atol=1e-4)
     assert not isinstance(model.blocks[0].attn1.processor, WanAttnProcessor)
+
+
+def test_places_reach_the_model_only_in_stages_that_say_so() -> None:
+    torch.manual_seed(0)
+    model = build_model(heads=1, layers=1, ffn_dim=32)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.1)
+    stages = (Stage(2, 2, 1), Stage(2, 2, 1, places=True))
+    told = [training_batch(dataclasses.replace(TINY, stages=(stage,)), 0) for stage in stages]
+    before = [losses(model, batch, 0.1) for batch in told]
+    assert torch.equal(before[0], before[1])  # their weights start at zero
+    with torch.no_grad():
+        model.patch_embedding.weight[:, 3:] += 0.1
+    after = [losses(model, batch, 0.1) for batch in told]
+    assert torch.equal(after[0], before[0]) and not torch.allclose(after[1], before[1])
 
 
 def test_halves_of_a_batch_give_the_gradient_of_the_whole() -> None:

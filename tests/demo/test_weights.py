@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from fpsc.demo.clips import EXAMPLE, encode_prompt, parse_prompt
-from fpsc.demo.model import GRID, load_model, shipped_weights
+from fpsc.demo.model import GRID, load_model, shipped_weights, with_places
 from fpsc.demo.train import Recipe, validation_loss
 
 FOLDER = shipped_weights()
@@ -52,7 +52,10 @@ def test_the_prompt_matters() -> None:
         scene = parse_prompt(EXAMPLE.replace("red", colour))
         with torch.inference_mode():
             clean = model(
-                noise, torch.tensor([999.0]), encode_prompt(scene)[None], return_dict=False
+                with_places(noise),
+                torch.tensor([999.0]),
+                encode_prompt(scene)[None],
+                return_dict=False,
             )[0]
         greenish.append((clean[:, 1] - clean[:, 0]).mean())
     assert greenish[1] > greenish[0] + 0.02
