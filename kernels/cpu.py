@@ -1,9 +1,9 @@
-"""The CPU kernel of `fpsc::attention`, forward and backward: one head and one query tile at a time.
+"""The CPU kernel of `fpsc::attention`, forward and backward: a head a core, a query tile at a time.
 
 q, k and v of a head are copied once in tile order, real rows only, without the keys that the mask
 leaves out. The keys of a query tile are then a few contiguous runs of that copy, which are joined
 at the speed of memcpy: the products see no padding, and masks and ragged tiles cost nothing.
-Memory: the copies of one head, and the scores of one query tile.
+Memory, on each core: the copies of one head, and the scores of one query tile.
 
 The formulas are those of `fpsc.kernels.reference`, in base two: log2(e) is in q, and exp2 is the
 cheaper function. The code uses only torch operators, so it also runs on other devices, correctly,
@@ -13,12 +13,16 @@ where no kernel of their own serves them; it reads the lists from the host there
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from fpsc.kernels import threads
+
+Result = TypeVar("Result")
 
 E4M3_MAX = 448.0
 E4M3_SMALLEST_NORMAL = 2.0**-6
@@ -29,7 +33,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 # Neighbouring query tiles that see the same keys are one step of at most so many scores, and of at
 # least so many rows, which is a tile.
-SCORES_AT_ONCE = 2**21
+SCORES_AT_ONCE = 2**18
 ROWS_AT_ONCE = 128
 
 
@@ -38,10 +42,11 @@ class Step(NamedTuple):
 
     rows: slice
     runs: list[slice]  # of the keys that take part
+    work: int  # scores
 
 
-class Head(NamedTuple):
-    """One head of one batch element, and what it visits."""
+class Task(NamedTuple):
+    """Some steps of one head of one batch element."""
 
     b: int
     h: int
@@ -53,6 +58,10 @@ class Head(NamedTuple):
     tile_of_row_N: Tensor  # int64
     tile_of_key_M: Tensor  # int64
 
+    @property
+    def work(self) -> int:
+        return sum(step.work for step in self.steps)
+
 
 class Operands(NamedTuple):
     """What the products of a head see: float32, tile order, dequantised."""
@@ -60,7 +69,7 @@ class Operands(NamedTuple):
     q_ND: Tensor  # times scale * log2(e)
     k_MD: Tensor
     v_MD: Tensor
-    shift_N: Tensor | float  # scale * q . mean of k, where that was taken from k
+    shift_N: Tensor  # scale * q . mean of k, where that was taken from k
 
 
 def forward(
@@ -77,29 +86,30 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.forward`; the memory of out is [B, N, H, D]-contiguous."""
     B, H, N, D = q_BHND.shape
-    out_BHND = q_BHND.new_empty(B, N, H, D).transpose(1, 2)
-    lse_BHN = q_BHND.new_empty(B, H, N, dtype=torch.float32)
-    for head in _heads(k_BGND, modes_BH2, list_ptr, list_idx, gather, valid, key_mask_BN):
-        q, k, v, shift = _operands(q_BHND, k_BGND, v_BGND, head, scale)
-        # What these hold is the answer of a query that sees no key.
-        o_ND = torch.zeros_like(q)
-        m_N1 = q.new_full((N, 1), -math.inf)
-        total_N1 = q.new_ones(N, 1)
-        for step in head.steps:
-            rows = step.rows
+    # What these hold is the answer of a query that sees no key.
+    out_BHND = q_BHND.new_zeros(B, N, H, D).transpose(1, 2)
+    lse_BHN = q_BHND.new_full((B, H, N), -math.inf, dtype=torch.float32)
+
+    def attend(task: Task) -> None:
+        q, k, v, shift_N = _operands(q_BHND, k_BGND, v_BGND, task, scale)
+        for step in task.steps:
+            rows, positions = step.rows, task.rows_N[step.rows]
             s = _dot(q[rows], _visited(k, step))
-            m = torch.amax(s, dim=1, keepdim=True, out=m_N1[rows])
-            if head.fp8:
+            m = s.amax(dim=1, keepdim=True)
+            if task.fp8:
                 m -= P_OFFSET
             p = s.sub_(m).exp2_()
-            torch.sum(p, dim=1, keepdim=True, out=total_N1[rows])
-            if head.fp8:
+            total = p.sum(dim=1, keepdim=True)
+            if task.fp8:
                 round_to_e4m3_(p)
-            o_ND[rows] = _dot(p, _visited(v, step).T)
-        o_ND /= total_N1
-        lse_N = total_N1.log2_().add_(m_N1).div_(LOG2_E).squeeze(1).add_(shift)
-        out_BHND[head.b, head.h].index_copy_(0, head.rows_N, o_ND.to(out_BHND.dtype))
-        lse_BHN[head.b, head.h].index_copy_(0, head.rows_N, lse_N)
+            o = _dot(p, _visited(v, step).T).div_(total)
+            lse = total.log2_().add_(m).div_(LOG2_E).squeeze(1).add_(shift_N[rows])
+            out_BHND[task.b, task.h].index_copy_(0, positions, o.to(out_BHND.dtype))
+            lse_BHN[task.b, task.h].index_copy_(0, positions, lse)
+
+    tasks = _tasks(k_BGND, modes_BH2, list_ptr, list_idx, gather, valid, key_mask_BN)
+    for _ in _run(attend, tasks, q_BHND.device):
+        pass
     return out_BHND, lse_BHN
 
 
@@ -119,31 +129,33 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`: dq, dk, dv, contiguous, in the dtypes of q, k, v."""
-    dq_BHND = q_BHND.new_empty(q_BHND.shape)
+    dq_BHND = q_BHND.new_zeros(q_BHND.shape)
     dk_BGND = k_BGND.new_zeros(k_BGND.shape, dtype=torch.float32)
     dv_BGND = v_BGND.new_zeros(v_BGND.shape, dtype=torch.float32)
-    for head in _heads(k_BGND, modes_BH2, list_ptr, list_idx, gather, valid, key_mask_BN):
-        b, h, g = head.b, head.h, head.g
-        q, k, v, shift = _operands(q_BHND, k_BGND, v_BGND, head, scale)
-        do_ND = _rows(dout_BHND[b, h], head.rows_N)
-        delta_N1 = (do_ND * _rows(out_BHND[b, h], head.rows_N)).sum(dim=1, keepdim=True)
-        lse_N1 = lse_BHN[b, h].index_select(0, head.rows_N).sub_(shift).mul_(LOG2_E)[:, None]
-        dq_ND = torch.zeros_like(q)
+
+    def differentiate(task: Task) -> tuple[Task, Tensor, Tensor]:
+        b, h = task.b, task.h
+        q, k, v, shift_N = _operands(q_BHND, k_BGND, v_BGND, task, scale)
+        do_ND = _rows(dout_BHND[b, h], task.rows_N)
+        delta_N1 = (do_ND * _rows(out_BHND[b, h], task.rows_N)).sum(dim=1, keepdim=True)
+        lse_N = lse_BHN[b, h].index_select(0, task.rows_N).sub_(shift_N)
+        lse_N1 = lse_N.mul_(LOG2_E).unsqueeze(1)
         # Transposed, so that each product below has its long side where it streams.
         dk_DM, dv_DM = torch.zeros_like(k.T), torch.zeros_like(v.T)
-        for step in head.steps:
-            rows = step.rows
-            k_step = _visited(k, step)
+        for step in task.steps:
+            rows, k_step = step.rows, _visited(k, step)
             p = _dot(q[rows], k_step).sub_(lse_N1[rows]).exp2_()
             _add_to_visited(dv_DM, _dot(do_ND[rows].T.contiguous(), p.T), step)
             ds = _dot(do_ND[rows], _visited(v, step)).sub_(delta_N1[rows]).mul_(p)
             _add_to_visited(dk_DM, _dot(q[rows].T.contiguous(), ds.T), step)
-            dq_ND[rows] = _dot(ds, k_step.T)
-        dq_ND *= scale
-        dk_DM /= LOG2_E  # its q carries scale * log2(e)
-        dq_BHND[b, h].index_copy_(0, head.rows_N, dq_ND.to(dq_BHND.dtype))
-        dk_BGND[b, g].index_add_(0, head.keys_M, dk_DM.T)
-        dv_BGND[b, g].index_add_(0, head.keys_M, dv_DM.T)
+            dq = _dot(ds, k_step.T).mul_(scale)
+            dq_BHND[b, h].index_copy_(0, task.rows_N[rows], dq.to(dq_BHND.dtype))
+        return task, dk_DM.div_(LOG2_E), dv_DM  # q carries scale * log2(e)
+
+    tasks = _tasks(k_BGND, modes_BH2, list_ptr, list_idx, gather, valid, key_mask_BN)
+    for task, dk_DM, dv_DM in _run(differentiate, tasks, q_BHND.device):
+        dk_BGND[task.b, task.g].index_add_(0, task.keys_M, dk_DM.T)
+        dv_BGND[task.b, task.g].index_add_(0, task.keys_M, dv_DM.T)
     return dq_BHND, dk_BGND.to(k_BGND.dtype), dv_BGND.to(v_BGND.dtype)
 
 
@@ -183,7 +195,29 @@ def _add_to_visited(total_DM: Tensor, x_DK: Tensor, step: Step) -> None:
         total_DM[:, run] += part
 
 
-def _heads(
+def _run(
+    function: Callable[[Task], Result], tasks: list[Task], device: torch.device
+) -> Iterable[Result]:
+    """The results of all tasks, in their order, on all cores."""
+    if device.type != "cpu":
+        return map(function, tasks)
+    # Twice as many tasks as workers, if there are no more heads than that: none waits for long.
+    share = sum(task.work for task in tasks) / (2 * threads.workers()) + 1
+    parts = [part for task in tasks for part in _parts(task, math.ceil(task.work / share))]
+    return threads.run(function, sorted(parts, key=lambda task: -task.work))
+
+
+def _parts(task: Task, n: int) -> Iterator[Task]:
+    """The steps of a task in n parts of about equal work."""
+    done, first, part_of = 0, 0, task.work / max(n, 1)
+    for last, step in enumerate(task.steps, 1):
+        done += step.work
+        if done >= part_of or last == len(task.steps):
+            yield task._replace(steps=task.steps[first:last])
+            done, first = 0, last
+
+
+def _tasks(
     k_BGND: Tensor,
     modes_BH2: Tensor,
     list_ptr: Tensor,
@@ -191,7 +225,7 @@ def _heads(
     gather: Tensor,
     valid: Tensor,
     key_mask_BN: Tensor | None,
-) -> Iterator[Head]:
+) -> list[Task]:
     """Every head of every batch element, with the steps of its list."""
     device = k_BGND.device
     real = torch.arange(gather.shape[1], device=gather.device) < valid[:, None]
@@ -200,6 +234,7 @@ def _heads(
     row_counts = valid.tolist()
     heads_per_key_head = modes_BH2.shape[1] // k_BGND.shape[1]
     steps: dict[int, list[Step]] = {}
+    tasks = []
     for b, modes in enumerate(modes_BH2.tolist()):
         keys, tile_of_key, key_counts = rows, tile_of_row, row_counts
         if key_mask_BN is not None:
@@ -210,17 +245,20 @@ def _heads(
         for h, (pattern, dtype) in enumerate(modes):
             if pattern not in steps:
                 steps[pattern] = list(_steps(list_ptr[pattern], list_idx, row_counts, key_counts))
-            yield Head(
-                b=b,
-                h=h,
-                g=h // heads_per_key_head,
-                fp8=dtype == 1,
-                steps=steps[pattern],
-                rows_N=rows,
-                keys_M=keys,
-                tile_of_row_N=tile_of_row,
-                tile_of_key_M=tile_of_key,
+            tasks.append(
+                Task(
+                    b=b,
+                    h=h,
+                    g=h // heads_per_key_head,
+                    fp8=dtype == 1,
+                    steps=steps[pattern],
+                    rows_N=rows,
+                    keys_M=keys,
+                    tile_of_row_N=tile_of_row,
+                    tile_of_key_M=tile_of_key,
+                )
             )
+    return tasks
 
 
 def _steps(
@@ -241,7 +279,7 @@ def _steps(
         most = max(SCORES_AT_ONCE // n_keys, ROWS_AT_ONCE)
         while start < end:
             stop = min(start + most, end)
-            yield Step(slice(start, stop), runs)
+            yield Step(slice(start, stop), runs, (stop - start) * n_keys)
             start = stop
 
 
@@ -265,18 +303,18 @@ def _starts(counts: list[int]) -> list[int]:
     return starts
 
 
-def _operands(q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, head: Head, scale: float) -> Operands:
-    q = _infinite_to_nan_(_rows(q_BHND[head.b, head.h], head.rows_N))
-    k = _infinite_to_nan_(_rows(k_BGND[head.b, head.g], head.keys_M))
-    v = _infinite_to_nan_(_rows(v_BGND[head.b, head.g], head.keys_M))
-    shift: Tensor | float = 0.0
-    if head.fp8:
-        mean_D = _finite_mean(k)
-        shift = scale * q @ mean_D
-        _round_per_tile_(q, head.tile_of_row_N)
-        _round_per_tile_(k.sub_(mean_D), head.tile_of_key_M)
-        _round_per_channel_(v)
-    return Operands(q.mul_(scale * LOG2_E), k, v, shift)
+def _operands(q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, task: Task, scale: float) -> Operands:
+    q = _infinite_to_nan_(_rows(q_BHND[task.b, task.h], task.rows_N))
+    k = _infinite_to_nan_(_rows(k_BGND[task.b, task.g], task.keys_M))
+    v = _infinite_to_nan_(_rows(v_BGND[task.b, task.g], task.keys_M))
+    if not task.fp8:
+        return Operands(q.mul_(scale * LOG2_E), k, v, q.new_zeros(len(q)))
+    mean_D = _finite_mean(k)
+    shift_N = scale * q @ mean_D
+    _round_per_tile_(q, task.tile_of_row_N)
+    _round_per_tile_(k.sub_(mean_D), task.tile_of_key_M)
+    _round_per_channel_(v)
+    return Operands(q.mul_(scale * LOG2_E), k, v, shift_N)
 
 
 def _rows(x_ND: Tensor, rows_M: Tensor) -> Tensor:

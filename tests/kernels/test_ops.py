@@ -265,3 +265,11 @@ def test_too_wide_heads():
     t = small()
     with pytest.raises(ValueError, match=re.escape("257 is not within 16..256")):
         attend(*qkv(t, dim=257), t)
+
+
+def test_inference_mode():
+    t = small()
+    q, k, v = qkv(t)
+    expected = attend(q, k, v, t)
+    with torch.inference_mode():
+        assert torch.equal(attend(q, k, v, t), expected)
