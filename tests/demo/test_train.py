@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from fpsc.demo import train as recipes
 from fpsc.demo.clips import TEXT_DIM, TEXT_TOKENS
-from fpsc.demo.model import build_model, load_model, with_places
+from fpsc.demo.model import build_model, build_scheduler, load_model, with_places
 from fpsc.demo.train import (
     MatmulAttention,
     Recipe,
@@ -73,6 +73,18 @@ def test_shift_moves_noise_levels() -> None:
         for shift in (1.0, 6.0)
     )
     torch.testing.assert_close(shifted / (1 - shifted), 6 * plain / (1 - plain), rtol=1e-4, atol=0)
+
+
+def test_uniform_levels_are_those_of_the_sampler() -> None:
+    recipe = Recipe(stages=(Stage(1, 4, 250, shift=6.0, levels="uniform"),))
+    sigma = torch.cat([training_batch(recipe, step).sigma for step in range(250)])
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(1000)
+    quantiles = torch.tensor([0.25, 0.5, 0.75])
+    expected = torch.quantile(scheduler.timesteps.float() / 1000, quantiles)
+    torch.testing.assert_close(torch.quantile(sigma, quantiles), expected, rtol=0.02, atol=0)
+    order = sigma.view(250, 4).argsort(1)
+    assert (order == torch.arange(4)).all()  # every batch has one of each quarter
 
 
 def test_a_batch_is_a_function_of_its_step() -> None:
