@@ -88,7 +88,8 @@ class Recipe:
         Stage(16, 2, 2000, lr=(1.0, 1 / 6)),
         Stage(16, 2, 1200, shift=6.0, lr=(0.8, 0.8 * 7 / 13)),
         Stage(16, 2, 900, shift=6.0, lr=(0.8, 0.8 * 17 / 26), places=True),
-        Stage(16, 2, 2200, shift=6.0, lr=(0.8, 0.0), places=True, levels="uniform"),
+        Stage(16, 2, 500, 6.0, (0.8, 0.8 * 17 / 22), places=True, levels="uniform"),
+        Stage(16, 2, 700, 6.0, (0.8 * 17 / 22, 0.0), places=True, levels="uniform"),
     )
     heads: int = 3
     head_dim: int = 64
