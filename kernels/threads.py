@@ -18,20 +18,23 @@ from typing import TypeVar
 
 import torch
 
+MOST_WORKERS = 16
+"""With more, the GIL between short operators would be the limit; they then have several threads
+each. Our choice, not measured on a machine with so many cores."""
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 def workers() -> int:
-    """How many tasks run at once: torch.get_num_threads(), or 1 where threads cannot be bound."""
-    return torch.get_num_threads() if _openmp() else 1
+    """How many tasks run at once: one a thread of torch, but 1 where threads cannot be bound."""
+    return min(torch.get_num_threads(), MOST_WORKERS) if _openmp() else 1
 
 
 def run(function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
     """function(task) of every task, in the order of the tasks; runs in the caller's thread where
     there is one worker. Gradients are not recorded; inference mode is as in the caller."""
-    n = workers()
-    if n == 1:
+    if workers() == 1:
         with torch.no_grad():
             yield from map(function, tasks)
         return
@@ -42,7 +45,7 @@ def run(function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[R
             return function(task)
 
     with _creation:
-        pool = _pool(n, os.getpid())
+        pool = _pool(workers(), torch.get_num_threads(), os.getpid())
     yield from pool.map(in_mode_of_caller, tasks)
 
 
@@ -50,21 +53,21 @@ _creation = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _pool(n: int, process: int) -> ThreadPoolExecutor:
-    """n threads that run operators alone. process: a fork does not inherit threads."""
-    started = threading.Barrier(n + 1)
+def _pool(workers: int, threads: int, process: int) -> ThreadPoolExecutor:
+    """Workers that share torch's threads. process: a fork does not inherit threads."""
+    started = threading.Barrier(workers + 1, timeout=60)
 
     def bind() -> None:
         torch.get_num_threads()  # takes the process's number, once for each thread
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads // workers)
         started.wait()
 
-    pool = ThreadPoolExecutor(n, "fpsc", initializer=bind)
-    for _ in range(n):
+    pool = ThreadPoolExecutor(workers, "fpsc", initializer=bind)
+    for _ in range(workers):
         pool.submit(lambda: None)
     started.wait()
     # The number belongs to a thread, but torch also keeps the last one for threads yet to come.
-    torch.set_num_threads(n)
+    torch.set_num_threads(threads)
     return pool
 
 

@@ -28,15 +28,17 @@ COMPILED_FP8 = 1e-4  # 3.9e-6 against the reference in an uncompiled model, fp8 
 COMPILED_GRAD = 3e-3  # 7.6e-4: gradients of weights, the bias of a k projection, near zero
 
 
-def relative_rms(found: Tensor, expected: Tensor) -> float:
+def relative_rms(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
     """|found - expected| / |expected| in Frobenius norms; infinity where a value is not finite.
 
-    Where expected is all zero: zero if found is too, else infinity.
+    least: a norm that counts where that of expected is smaller, as it is where terms cancel.
+    Where both are zero: zero if found is too, else infinity.
     """
     found, expected = found.detach().double(), expected.detach().double()
     error, size = torch.linalg.vector_norm(found - expected), torch.linalg.vector_norm(expected)
     if not (error.isfinite() and size.isfinite()):
         return float("inf")
+    size = size.clamp(min=least)
     if size == 0:
         return 0.0 if error == 0 else float("inf")
     return float(error / size)

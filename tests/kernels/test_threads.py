@@ -30,6 +30,15 @@ def test_results_in_order_from_bound_threads(number):
     assert torch.is_grad_enabled()
 
 
+def test_many_threads_are_shared_by_fewer_workers(monkeypatch):
+    monkeypatch.setattr(threads, "MOST_WORKERS", 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    found = list(threads.run(lambda task: torch.get_num_threads(), range(9)))
+    torch.set_num_threads(before)
+    assert found == [2] * 9
+
+
 def test_threads_that_start_later_have_the_number_of_the_process(number):
     list(threads.run(abs, range(5)))
     seen = []
