@@ -192,8 +192,10 @@ class Batch:
 
     def part(self, index: int, parts: int) -> Batch:
         """The index-th of `parts` equal parts; the batch must divide by `parts`."""
-        tensors = (self.clean, self.noise, self.text, self.sigma)
-        return Batch(*(x.chunk(parts)[index] for x in tensors), places=self.places)
+        clean, noise, text, sigma = (
+            x.chunk(parts)[index] for x in (self.clean, self.noise, self.text, self.sigma)
+        )
+        return Batch(clean, noise, text, sigma, self.places)
 
 
 def training_batch(recipe: Recipe, step: int) -> Batch:
