@@ -21,13 +21,11 @@ import torch
 from torch import Tensor
 
 from fpsc.kernels import threads
+from fpsc.kernels.reference import E4M3_MAX, P_OFFSET, quantisation_scale
 
 Result = TypeVar("Result")
 
-E4M3_MAX = 448.0
 E4M3_SMALLEST_NORMAL = 2.0**-6
-P_OFFSET = 8.0
-SMALLEST_SCALE = 2.0**-126
 LOG2_E = math.log2(math.e)
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -97,7 +95,7 @@ def forward(
             s = _dot(q[rows], _visited(k, step))
             m = s.amax(dim=1, keepdim=True)
             if task.fp8:
-                m -= P_OFFSET
+                m -= P_OFFSET  # in p and, through total, in the denominator
             p = s.sub_(m).exp2_()
             total = p.sum(dim=1, keepdim=True)
             if task.fp8:
@@ -340,17 +338,13 @@ def _round_per_tile_(x_ND: Tensor, tile_of_row_N: Tensor) -> None:
         amax_N = x_ND.abs().nan_to_num_(nan=0.0).amax(dim=1)
         amax_T = amax_N.new_zeros(int(tile_of_row_N[-1]) + 1)
         amax_T.scatter_reduce_(0, tile_of_row_N, amax_N, "amax")
-        _round_scaled_(x_ND, _scale(amax_T)[tile_of_row_N, None])
+        _round_scaled_(x_ND, quantisation_scale(amax_T)[tile_of_row_N, None])
 
 
 def _round_per_channel_(v_MD: Tensor) -> None:
     if len(v_MD) > 0:
-        _round_scaled_(v_MD, _scale(v_MD.abs().nan_to_num_(nan=0.0).amax(dim=0)))
-
-
-def _scale(amax: Tensor) -> Tensor:
-    s = amax / E4M3_MAX
-    return torch.where(s >= SMALLEST_SCALE, s, 1.0)
+        amax_D = v_MD.abs().nan_to_num_(nan=0.0).amax(dim=0)
+        _round_scaled_(v_MD, quantisation_scale(amax_D))
 
 
 def _round_scaled_(x: Tensor, s: Tensor) -> None:
