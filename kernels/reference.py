@@ -110,6 +110,8 @@ def forward(
                 continue
             s = scale * head.q_ND[rows] @ head.k_ND[keys].T
             m = s.amax(dim=1, keepdim=True)
+            if fp8:
+                m = (m * math.log2(math.e)).ceil() * math.log(2)
             offset = P_OFFSET if fp8 else 0.0
             p = torch.exp2((s - m) * math.log2(math.e) + offset)
             total = p.sum(dim=1, keepdim=True)

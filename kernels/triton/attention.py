@@ -1,0 +1,250 @@
+"""`fpsc::attention` by Triton kernels: what is allocated, what is launched, in which order.
+
+Forward: what is in a mask, statistics of K and V, Q, K and V in tile order, attention. Cells of the
+two kinds are packed and attended by launches of their own, each of which leaves the cells of the
+other alone. Backward: what forward packed, in 16 bits; then dq; then dk and dv.
+
+Sizes of launches and buffers depend on shapes alone, never on a number in a table, and nothing is
+read from the device: a recorded CUDA graph replays at any noise level. Every tile that a list names
+has a key, unless a mask took them; values of the tables are not checked here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fpsc.kernels.saved import FP8, GROUPED, INPUT_DTYPE, Saved, expands_keys, padded_head_dim
+from fpsc.kernels.triton import schedule, tune
+from fpsc.kernels.triton import backward as backward_kernels
+from fpsc.kernels.triton import forward as forward_kernels
+from fpsc.kernels.triton.configs import Config
+from fpsc.kernels.triton.launch import launch
+from fpsc.kernels.triton.prologue import (
+    NOTHING_BEFORE,
+    Before,
+    Call,
+    Tiles,
+    copy_tiles,
+    keys_of,
+    new_saved,
+    quantise,
+)
+
+
+def forward(
+    q_BHND: Tensor,
+    k_BGND: Tensor,
+    v_BGND: Tensor,
+    modes_BH3: Tensor,
+    list_ptr: Tensor,
+    list_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
+    gather: Tensor,
+    valid: Tensor,
+    key_mask_BN: Tensor | None,
+    scale: float,
+    kinds: int,
+    before: Before = NOTHING_BEFORE,
+) -> tuple[Tensor, Tensor, Saved | None]:
+    """As `reference.forward`; the memory of out is [B, N, H, D]-contiguous.
+
+    before: RMSNorm and rotary embedding of q and k, done while they are packed.
+
+    Returns out, lse and, where `kinds` has FP8 cells, what backward needs of them.
+    """
+    B, H, N, D = q_BHND.shape
+    out = q_BHND.new_empty(B, N, H, D).transpose(1, 2)
+    lse = q_BHND.new_empty((B, H, N), dtype=torch.float32)
+    call = _call(q_BHND, k_BGND, v_BGND, modes_BH3, gather, valid, key_mask_BN, scale, kinds, before)
+    keys = keys_of(gather, valid, key_mask_BN, B, N)
+    G = call.k.shape[1]
+    meta = q_BHND.new_empty((B, G, len(gather), 2), dtype=torch.float32)
+    heads = _heads_by_kind(modes_BH3, list_ptr)
+    lists = (list_ptr, list_idx, order, gather, valid)
+    saved = new_saved(call) if kinds & FP8 else None
+    if kinds & INPUT_DTYPE:
+        tiles = copy_tiles(call, keys, meta)
+        _attend(call, tiles, None, meta, heads[0], lists, out, lse)
+    if saved is not None:
+        permuted = tune.permutes_v(q_BHND.device)
+        shared = groups if kinds & GROUPED else None
+        tiles = quantise(call, keys, shared, meta, saved, permuted=permuted)
+        _attend(call, tiles, saved, meta, heads[1], lists, out, lse)
+        saved.k_scale.copy_(meta[..., 0])
+    return out, lse, saved
+
+
+def backward(
+    dout_BHND: Tensor,
+    q_BHND: Tensor | None,
+    k_BGND: Tensor | None,
+    v_BGND: Tensor | None,
+    out_BHND: Tensor,
+    lse_BHN: Tensor,
+    saved: Saved | None,
+    modes_BH3: Tensor,
+    list_ptr: Tensor,
+    list_idx: Tensor,
+    back_ptr: Tensor,
+    back_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
+    gather: Tensor,
+    valid: Tensor,
+    key_mask_BN: Tensor | None,
+    scale: float,
+    kinds: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.backward`: dq, dk, dv, contiguous. q, k, v: None where all cells are FP8."""
+    B, H, N, D = out_BHND.shape
+    DP, (TILES, BLOCK) = padded_head_dim(D), gather.shape
+    new = out_BHND.new_empty
+    keys = keys_of(gather, valid, key_mask_BN, B, N)
+    call = None
+    if kinds & INPUT_DTYPE:
+        assert q_BHND is not None and k_BGND is not None and v_BGND is not None
+        call = _call(q_BHND, k_BGND, v_BGND, modes_BH3, gather, valid, key_mask_BN, scale, kinds)
+        G = call.k.shape[1]
+    else:
+        assert saved is not None
+        G = saved.k8.shape[1]
+    tiles = Tiles(*(new((B, heads, TILES, BLOCK, DP)) for heads in (H, G, G)))
+    meta = new((B, G, TILES, 2), dtype=torch.float32)
+    if call is not None:
+        copy_tiles(call, keys, meta, into=tiles)
+    if saved is not None and kinds & FP8:
+        _widen(saved, modes_BH3, tiles)
+        meta[..., 0] = saved.k_scale  # 1 in the cells that are not FP8
+        meta[..., 1] = keys.count.unsqueeze(-2)
+        shift, q_scale = saved.shift, saved.q_scale
+    else:
+        shift, q_scale = None, None
+
+    dout, out = _last_contiguous(dout_BHND), _last_contiguous(out_BHND)
+    dout_tiles = new((B, H, TILES, BLOCK, DP))
+    delta, lse2 = (new((B, H, TILES, BLOCK), dtype=torch.float32) for _ in range(2))
+    launch(
+        backward_kernels.gradient_tiles, (H * TILES, B),
+        dout, out, lse_BHN, shift, dout_tiles, delta, lse2, modes_BH3, gather, valid,
+        *dout.stride()[:3], *out.stride()[:3], H, N, TILES,
+        D=D, DP=DP, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+
+    dq = new((B, H, N, D))
+    make = new if key_mask_BN is None else out_BHND.new_zeros
+    dk, dv = make((B, G, N, D)), make((B, G, N, D))
+    operands = (*tiles, dout_tiles, q_scale, meta.view(torch.int64), delta, lse2)
+    sizes = (abs(scale), B, H, G, N, TILES)
+    fixed = {"D": D, "DP": DP, "BLOCK": BLOCK, "PRECISION": _precision(dout_tiles.dtype)}
+
+    def query_gradients(config: Config) -> None:
+        launch(
+            backward_kernels.query_gradients, (B * H * TILES * (BLOCK // config.BM),),
+            *operands, dq, modes_BH3, list_ptr, list_idx, order, gather, valid, *sizes,
+            **fixed, **config.arguments(),
+        )  # fmt: skip
+
+    def key_gradients(config: Config) -> None:
+        launch(
+            backward_kernels.key_gradients, (B * G * TILES * (BLOCK // config.BN),),
+            *operands, dk, dv, modes_BH3, back_ptr, back_idx, order, keys.gather, keys.count,
+            keys.gather_stride, keys.count_stride, *sizes,
+            **fixed, **config.arguments(),
+        )  # fmt: skip
+
+    for run in (query_gradients, key_gradients):
+        run(tune.choose(run.__name__, out.device, out.dtype, DP, run))
+    if scale < 0:  # the kernels see it in Q
+        dq.neg_()
+    if k_BGND is not None and k_BGND.shape[1] != G:
+        dk, dv = (x.unflatten(1, (k_BGND.shape[1], -1)).float().sum(2).to(x.dtype) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    modes: Tensor,
+    gather: Tensor,
+    valid: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    kinds: int,
+    before: Before = NOTHING_BEFORE,
+) -> Call:
+    """The inputs as kernels want them.
+
+    Where query heads that share a key head may want it packed differently, each gets its own.
+    """
+    if expands_keys(q.shape[1], k.shape[1], kinds):
+        share = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
+    return Call(q, k, v, modes.contiguous(), gather, valid, key_mask, scale, before)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads_by_kind(modes_BH3: Tensor, list_ptr: Tensor) -> Tensor:
+    """int32 [2, 1 + B * H]: see `schedule.order_heads`."""
+    heads = modes_BH3.shape[0] * modes_BH3.shape[1]
+    found = modes_BH3.new_zeros((2, 1 + heads))
+    launch(
+        schedule.order_heads, (heads,),
+        modes_BH3, list_ptr, found, heads, list_ptr.shape[1] - 1, WIDTH=64, num_warps=1,
+    )  # fmt: skip
+    return found
+
+
+def _attend(
+    call: Call,
+    tiles: Tiles,
+    saved: Saved | None,
+    meta: Tensor,
+    heads: Tensor,
+    lists: tuple[Tensor, ...],
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Attention of all cells of one kind: FP8 where `saved` is given."""
+    B, (H, G, N, TILES) = call.q.shape[0], call.sizes
+    fp8, DP, BLOCK = saved is not None, call.fixed["DP"], call.fixed["BLOCK"]
+    device, dtype = call.q.device, call.q.dtype
+
+    def run(config: Config) -> None:
+        items = B * H * TILES * (BLOCK // config.BM)
+        if config.persistent:
+            items = min(items, tune.multiprocessors(device))
+        launch(
+            forward_kernels.attend, (items,),
+            *tiles, saved.q_scale if saved else None, meta.view(torch.int64),
+            saved.v_scale if saved else None, saved.shift if saved else None, out, lse,
+            call.modes, heads, *lists, abs(call.scale), B, H, G, N, TILES,
+            **call.fixed, FP8=fp8, PERMUTED=fp8 and tune.permutes_v(device),
+            MASKED=call.key_mask is not None, PRECISION=_precision(tiles.q.dtype),
+            **config.arguments(), **config.schedule(),
+        )  # fmt: skip
+
+    run(tune.choose("fp8" if fp8 else "input", device, dtype, DP, run))
+
+
+def _widen(saved: Saved, modes_BH3: Tensor, into: Tiles) -> None:
+    """The FP8 cells' operands in the dtype of `into`."""
+    (B, H), (TILES, BLOCK, DP) = modes_BH3.shape[:2], saved.q8.shape[2:]
+    permuted = tune.permutes_v(modes_BH3.device)
+    for operand, (x, y) in enumerate(zip((saved.q8, saved.k8, saved.v8), into, strict=True)):
+        launch(
+            backward_kernels.widen_tiles, (y.shape[1] * TILES, B),
+            x, y, saved.v_scale, modes_BH3, H, y.shape[1], TILES,
+            DP=DP, BLOCK=BLOCK, OPERAND=operand, PERMUTED=permuted, num_warps=4,
+        )  # fmt: skip
+
+
+def _precision(dtype: torch.dtype) -> str | None:
+    """float32 is multiplied as such, never as TF32."""
+    return "ieee" if dtype == torch.float32 else None

@@ -1,0 +1,110 @@
+"""Block sizes, stages and warps of each kernel: a few candidates, the first of them the default.
+
+Why so few: a tile is a block of 128 rows, whose scale and list are the kernel's; smaller blocks
+only give registers or shared memory room. What the machine code says decides the rest (`python
+bench/sass.py`): no candidate for Hopper spills registers at head dims 64 and 128.
+
+This module knows no torch, so that the kernels can be compiled ahead of time without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fpsc.kernels.triton import backward, forward, pack, schedule
+from fpsc.kernels.triton.variants import Variant
+
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is compiled.
+
+    Attributes:
+        BM, BN: rows of a block of queries and of keys, at most a tile.
+        warps, stages: of a program, and buffers in flight in its loop.
+        specialise: one warp group loads for two that compute (Hopper; 4 warps each).
+        persistent: one program a multiprocessor takes item after item.
+    """
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+    specialise: bool = False
+    persistent: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of a launch of any kernel with products."""
+        return {
+            "BM": self.BM,
+            "BN": self.BN,
+            "STAGES": self.stages,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+    def schedule(self) -> dict[str, bool]:
+        """Further ones, of the forward kernel."""
+        return {"SPECIALISE": self.specialise, "PERSISTENT": self.persistent}
+
+
+FORWARD = ("fp8", "input")
+BACKWARD = ("query_gradients", "key_gradients")
+
+INTERPRETED = Config(128, 128, 4, 1)
+
+
+def permutes_v(capability: tuple[int, int]) -> bool:
+    """Whether V of FP8 cells is stored permuted, so that P needs no exchange between lanes.
+
+    It saves 90 of 620 instructions a tile; with specialised warps, on Hopper, it would spill.
+    """
+    return capability != (9, 0)
+
+
+def candidates(
+    kernel: str, capability: tuple[int, int], element: str, dp: int
+) -> tuple[Config, ...]:
+    """Configurations of a kernel ("fp8", "input", "query_gradients", "key_gradients").
+
+    element: "bf16", "fp16" or "fp32", the dtype of q, k and v; dp: padded head_dim.
+    """
+    if element == "fp32" and kernel != "fp8":
+        # Products of float32 run on the ordinary cores, out of registers.
+        return (Config(16, 16, 4, 1),) if dp > 128 else (Config(32, 32, 4, 1),)
+    hopper, roomy = capability == (9, 0), capability in ((8, 0), (9, 0), (10, 0))
+    if kernel == "fp8":
+        if dp > 128:
+            return (Config(128, 64, 8, 2), Config(64, 64, 4, 2))
+        if hopper:
+            return (
+                Config(128, 128, 4, 2, specialise=True, persistent=True),
+                Config(128, 128, 4, 2, specialise=True),
+                Config(128, 128, 8, 2),
+            )
+        return (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 4, 2))
+    if kernel == "input":
+        if dp > 128:
+            return (Config(64, 32, 4, 2),) if not roomy else (Config(128, 64, 8, 2),)
+        if hopper:
+            return (
+                Config(128, 128, 4, 2, specialise=True, persistent=True),
+                Config(128, 128, 4, 2, specialise=True),
+                Config(128, 128, 8, 2),
+            )
+        return (Config(128, 64, 8, 2), Config(128, 32, 4, 2), Config(64, 64, 4, 2))
+    if dp > 128:
+        return (Config(64, 32, 8, 1),) if kernel == "query_gradients" else (Config(16, 64, 8, 1),)
+    if kernel == "query_gradients":
+        if dp > 64 and not roomy:
+            return (Config(64, 32, 4, 2), Config(128, 32, 8, 1))
+        return (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 64, 4, 2))
+    if dp > 64:
+        if not roomy:
+            return (Config(32, 64, 4, 1), Config(16, 128, 8, 1))
+        return (Config(32, 128, 8, 2), Config(32, 64, 4, 2))
+    return (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2))

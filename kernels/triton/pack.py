@@ -1,0 +1,338 @@
+"""From raster order to tile order: gather, normalise, rotate, quantise, in one pass.
+
+Two small kernels come first. `compact_keys` turns a key mask into lists of the keys of each tile
+that take part, so that nothing after it knows of masks. `statistics` and `finish_statistics` find
+the mean of K and the largest |V| of each channel, which one tile alone does not know.
+
+In tile order a tile is BLOCK rows of DP channels, DP a power of two; channels beyond D are zero.
+Rows beyond the tile's length are zero in Q and V, and in K copies of the first key
+(`fpsc.kernels.triton.forward` says why).
+
+Before anything else a row may be scaled as RMSNorm does, and rotated as rotary embeddings do:
+
+    norm     y_d = x_d * r * w_d            r: a row's own statistic (per head), or given (any heads)
+    rotation y_d = x_d * cos_d + sign_d * x_partner(d) * sin_d
+
+with pairs (2 i, 2 i + 1), or (i, i + D / 2) where HALF_SPLIT; cos and sin hold one value a pair.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fpsc.kernels.triton.forward import LOG2_E  # noqa: F401
+
+E4M3_MAX = tl.constexpr(448.0)
+SMALLEST_SCALE = tl.constexpr(2.0**-126)
+
+# Which operand a program packs.
+Q = tl.constexpr(0)
+K = tl.constexpr(1)
+V = tl.constexpr(2)
+
+# Kinds of norm and of rotation.
+NONE = tl.constexpr(0)
+PER_HEAD = tl.constexpr(1)  # the statistic is that of the row's own D channels
+GIVEN = tl.constexpr(2)  # the statistic of every token is an input
+INTERLEAVED = tl.constexpr(1)
+HALF_SPLIT = tl.constexpr(2)
+
+
+@triton.jit
+def finite_or_nan(x):
+    """x, with NaN in place of infinities."""
+    return x + (x - x)
+
+
+@triton.jit
+def magnitude(x):
+    """|x|, with zero in place of NaN."""
+    return tl.where(x == x, tl.abs(x), 0.0)
+
+
+@triton.jit
+def scale_of(largest):
+    """largest / 448, or 1 where that is zero (or so small that float32 holds it badly)."""
+    s = largest / E4M3_MAX
+    return tl.where(s >= SMALLEST_SCALE, s, 1.0)
+
+
+@triton.jit
+def permuted(column):
+    """Which key stands at a column of V where V is permuted.
+
+    Bits of a place in a group of 16 columns, lowest first: k0 k1 k2 k3 holds key k0 k2 k3 k1.
+    """
+    return (column & ~15) | (column & 1) | ((column >> 1) & 6) | ((column << 2) & 8)
+
+
+@triton.jit
+def load_rows(
+    x_ptr, stride_n, position, real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
+    D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, ROTATION: tl.constexpr,
+):  # fmt: skip
+    """float32 [rows, DP] of the tokens at `position`, zero where not `real`."""
+    d = tl.arange(0, DP)
+    at = position[:, None] * stride_n
+    mask = real[:, None] & (d < D)[None, :]
+    x = tl.load(x_ptr + at + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    if NORM == PER_HEAD:
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + epsilon)
+    if NORM == GIVEN:
+        rstd = tl.load(rstd_ptr + position, mask=real, other=0.0)
+    if NORM != NONE:
+        x *= rstd[:, None]
+        if weight_ptr is not None:
+            x *= tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if ROTATION != NONE:
+        if ROTATION == INTERLEAVED:
+            partner, pair, sign = d ^ 1, d // 2, (d % 2) * 2.0 - 1.0
+        else:
+            half = D // 2
+            partner = tl.where(d < half, d + half, d - half)
+            pair = tl.where(d < half, d, d - half)
+            sign = tl.where(d < half, -1.0, 1.0)
+        other = tl.load(x_ptr + at + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NORM != NONE:
+            other *= rstd[:, None]
+            if weight_ptr is not None:
+                w = tl.load(weight_ptr + partner, mask=d < D, other=0.0).to(tl.float32)
+                other *= w[None, :]
+        angle = position[:, None] * (D // 2) + pair[None, :]
+        cos = tl.load(cos_ptr + angle, mask=mask, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(tl.float32)
+        x = x * cos + other * (sign[None, :] * sin)
+    return finite_or_nan(x)
+
+
+@triton.jit
+def wanted(modes_ptr, first_head, HEADS_EACH, KIND: tl.constexpr):
+    """Whether one of some neighbouring heads has this kind of cell."""
+    found = 0
+    for i in range(HEADS_EACH):
+        found |= (tl.load(modes_ptr + (first_head + i) * 3 + 1) == KIND).to(tl.int32)
+    return found != 0
+
+
+@triton.jit
+def compact_keys(
+    gather_ptr, valid_ptr, mask_ptr, key_gather_ptr, key_count_ptr,
+    stride_mask, N, TILES, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The keys of a tile that a mask leaves in, first and in their order.
+
+    gather [TILES, BLOCK], valid [TILES], mask uint8 [B, N] -> key_gather [B, TILES, BLOCK],
+    key_count [B, TILES]. The rest of a list is not written.
+    """
+    tile, b = tl.program_id(0), tl.program_id(1)
+    rows = tl.arange(0, BLOCK)
+    real = rows < tl.load(valid_ptr + tile)
+    position = tl.load(gather_ptr + tile * BLOCK + rows)
+    real = real & (position >= 0) & (position < N)
+    kept = tl.load(mask_ptr + b.to(tl.int64) * stride_mask + position, mask=real, other=0) != 0
+    rank = tl.cumsum(kept.to(tl.int32), 0) - 1
+    row = b * TILES + tile
+    tl.store(key_gather_ptr + row * BLOCK + rank, position, mask=kept)
+    tl.store(key_count_ptr + row, tl.sum(kept.to(tl.int32), 0))
+
+
+@triton.jit
+def statistics(
+    k_ptr, v_ptr, mask_ptr, modes_ptr, partial_ptr,
+    k_b, k_h, k_n, v_b, v_h, v_n, stride_mask,
+    rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
+    H, G, N, CHUNK,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, ROTATION: tl.constexpr, NORM_STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Of one stretch of CHUNK tokens: sum of the finite rows of K, their number, largest |V|.
+
+    partial: float32 [B, G, chunks, 3, DP].
+    """
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    b, g = head // G, head % G
+    if wanted(modes_ptr, b * H + g * (H // G), H // G, 1):
+        k_ptr += b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
+        v_ptr += b.to(tl.int64) * v_b + g.to(tl.int64) * v_h
+        if NORM == GIVEN:
+            rstd_ptr += b * N
+        if weight_ptr is not None:
+            weight_ptr += g * NORM_STRIDE
+        total = tl.zeros([DP], tl.float32)
+        count = tl.zeros([DP], tl.float32)
+        largest = tl.zeros([DP], tl.float32)
+        for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, N), ROWS):
+            n = start + tl.arange(0, ROWS)
+            real = (n < N) & (n < (chunk + 1) * CHUNK)
+            n = n.to(tl.int64)
+            if mask_ptr is not None:
+                mask = tl.load(mask_ptr + b.to(tl.int64) * stride_mask + n, mask=real, other=0)
+                real = real & (mask != 0)
+            k = load_rows(
+                k_ptr, k_n, n, real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
+                D, DP, NORM, ROTATION,
+            )  # fmt: skip
+            finite = real & (tl.max((k != k).to(tl.int32), 1) == 0)
+            total += tl.sum(tl.where(finite[:, None], k, 0.0), 0)
+            count += tl.sum(finite.to(tl.float32), 0)
+            v = load_rows(v_ptr, v_n, n, real, None, None, None, None, 0.0, D, DP, NONE, NONE)
+            largest = tl.maximum(largest, tl.max(magnitude(v), 0))
+        d = tl.arange(0, DP)
+        partial_ptr += (head.to(tl.int64) * tl.num_programs(0) + chunk) * 3 * DP
+        tl.store(partial_ptr + d, total)
+        tl.store(partial_ptr + DP + d, count)
+        tl.store(partial_ptr + 2 * DP + d, largest)
+
+
+@triton.jit
+def finish_statistics(
+    partial_ptr, modes_ptr, mean_ptr, v_scale_ptr, H, G, CHUNKS,
+    DP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Mean of K and scale of V, float32 [B, G, DP], from the partial results."""
+    head = tl.program_id(0)
+    b, g = head // G, head % G
+    if wanted(modes_ptr, b * H + g * (H // G), H // G, 1):
+        d = tl.arange(0, DP)
+        total = tl.zeros([DP], tl.float32)
+        count = tl.zeros([DP], tl.float32)
+        largest = tl.zeros([DP], tl.float32)
+        for start in range(0, CHUNKS, ROWS):
+            chunk = start + tl.arange(0, ROWS)
+            at = partial_ptr + (head * CHUNKS + chunk).to(tl.int64)[:, None] * (3 * DP) + d[None, :]
+            real = (chunk < CHUNKS)[:, None]
+            total += tl.sum(tl.load(at, mask=real, other=0.0), 0)
+            count += tl.sum(tl.load(at + DP, mask=real, other=0.0), 0)
+            largest = tl.maximum(largest, tl.max(tl.load(at + 2 * DP, mask=real, other=0.0), 0))
+        tl.store(mean_ptr + head * DP + d, total / tl.maximum(count, 1.0))
+        tl.store(v_scale_ptr + head * DP + d, scale_of(largest))
+
+
+@triton.jit
+def group_maxima(
+    x_ptr, mean_ptr, modes_ptr, groups_ptr, gather_ptr, count_ptr, largest_ptr,
+    x_b, x_h, x_n, stride_gather, stride_count,
+    rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
+    H, G, N, TILES,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr,
+    NORM: tl.constexpr, ROTATION: tl.constexpr, NORM_STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Largest |q|, or |k - mean|, of every group of tiles that share a scale.
+
+    largest: float32 [B, heads, TILES], zero before; the place of a group is its number. Tiles that
+    share with no other are left to `pack_tiles`.
+    """
+    HEADS = H if OPERAND == Q else G
+    head, tile = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    b = tl.program_id(1)
+    first_head = b * H + head * (H // HEADS)
+    grouping = tl.load(modes_ptr + first_head * 3 + 2)
+    if wanted(modes_ptr, first_head, H // HEADS, 1) & (grouping != 0):
+        rows = tl.arange(0, BLOCK)
+        count = tl.load(count_ptr + b * stride_count + tile)
+        real = rows < count
+        position = tl.load(gather_ptr + b * stride_gather + tile * BLOCK + rows, mask=real, other=0)
+        real = real & (position >= 0) & (position < N)
+        x_ptr += b.to(tl.int64) * x_b + head.to(tl.int64) * x_h
+        if NORM == GIVEN:
+            rstd_ptr += b * N
+        if weight_ptr is not None:
+            weight_ptr += head * NORM_STRIDE
+        x = load_rows(
+            x_ptr, x_n, position.to(tl.int64), real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr,
+            epsilon, D, DP, NORM, ROTATION,
+        )  # fmt: skip
+        row = b * HEADS + head
+        if OPERAND == K:
+            mean = tl.load(mean_ptr + row * DP + tl.arange(0, DP))
+            x = tl.where(real[:, None], x - mean[None, :], 0.0)
+        largest = tl.max(tl.max(magnitude(x), 1), 0)
+        group = tl.load(groups_ptr + grouping * TILES + tile)
+        tl.atomic_max(largest_ptr + row * TILES + group, largest)
+
+
+@triton.jit
+def pack_tiles(
+    x_ptr, y_ptr, scale_ptr, meta_ptr, mean_ptr, v_scale_ptr, shift_ptr,
+    modes_ptr, groups_ptr, largest_ptr, gather_ptr, count_ptr,
+    x_b, x_h, x_n, stride_gather, stride_count,
+    rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
+    softmax_scale, H, G, N, TILES,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr,
+    FP8: tl.constexpr, PERMUTED: tl.constexpr, GROUPED: tl.constexpr,
+    NORM: tl.constexpr, ROTATION: tl.constexpr, NORM_STRIDE: tl.constexpr,
+):  # fmt: skip
+    """One tile of one head of Q, K or V, for cells of one kind.
+
+    x [B, heads, N, D] with any strides but the last -> y, tile order [B, heads, TILES, BLOCK, DP];
+    V of FP8 cells [B, G, DP, TILES * BLOCK]. K also writes its meta (`forward.load_meta`); Q of FP8
+    cells its scale [B, H, TILES], and shift [B, H, N], what the mean of K took from its scores. The sign of `softmax_scale` goes into Q. gather, count: of queries, or of the keys
+    that take part; stride_gather is zero where all batch elements share them.
+    """
+    HEADS = H if OPERAND == Q else G
+    head, tile = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    b = tl.program_id(1)
+    first_head = b * H + head * (H // HEADS)
+    if wanted(modes_ptr, first_head, H // HEADS, FP8):
+        rows = tl.arange(0, BLOCK)
+        d = tl.arange(0, DP)
+        source = permuted(rows) if PERMUTED else rows
+        count = tl.load(count_ptr + b * stride_count + tile)
+        real = source < count
+        if OPERAND == K:
+            source = tl.where(real, source, 0)
+            real = rows < BLOCK * tl.minimum(count, 1)  # no key: zero, and finite
+        position = tl.load(
+            gather_ptr + b * stride_gather + tile * BLOCK + source, mask=real, other=0
+        )
+        real = real & (position >= 0) & (position < N)
+        position = position.to(tl.int64)
+        x_ptr += b.to(tl.int64) * x_b + head.to(tl.int64) * x_h
+        if NORM == GIVEN:
+            rstd_ptr += b * N
+        if weight_ptr is not None:
+            weight_ptr += head * NORM_STRIDE
+        x = load_rows(
+            x_ptr, x_n, position, real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
+            D, DP, NORM, ROTATION,
+        )  # fmt: skip
+        row = b * HEADS + head
+        scale = 1.0
+        if FP8:
+            if OPERAND == V:
+                x /= tl.load(v_scale_ptr + row * DP + d)[None, :]
+            else:
+                mean = tl.load(mean_ptr + (b * G + head // (HEADS // G)) * DP + d)
+                if OPERAND == Q:
+                    shift = softmax_scale * tl.sum(x * mean[None, :], 1)
+                    tl.store(shift_ptr + row.to(tl.int64) * N + position, shift, mask=real)
+                else:
+                    x = tl.where(real[:, None], x - mean[None, :], 0.0)
+                largest = tl.max(tl.max(magnitude(x), 1), 0)
+                if GROUPED:
+                    grouping = tl.load(modes_ptr + first_head * 3 + 2)
+                    group = tl.load(groups_ptr + grouping * TILES + tile)
+                    shared = tl.load(largest_ptr + row * TILES + group)
+                    largest = tl.where(grouping != 0, shared, largest)
+                scale = scale_of(largest)
+                x /= scale
+            # NaN stays, and nothing else is beyond 448 but by a rounding of the division.
+            x = tl.where(x == x, tl.minimum(tl.maximum(x, -E4M3_MAX), E4M3_MAX), x)
+        if OPERAND == Q:
+            x = tl.where(softmax_scale < 0.0, -x, x)
+            if FP8:
+                tl.store(scale_ptr + row * TILES + tile, scale)
+        if OPERAND == K:
+            meta_ptr += (row * TILES + tile) * 2
+            tl.store(meta_ptr, scale)
+            tl.store(meta_ptr + 1, count.to(tl.float32))
+        y = x.to(y_ptr.dtype.element_ty)
+        if FP8 and OPERAND == V:
+            y_ptr += row.to(tl.int64) * DP * TILES * BLOCK + tile * BLOCK
+            tl.store(
+                y_ptr + d.to(tl.int64)[:, None] * (TILES * BLOCK) + rows[None, :], tl.trans(y)
+            )
+        else:
+            y_ptr += (row.to(tl.int64) * TILES + tile) * BLOCK * DP
+            tl.store(y_ptr + rows[:, None] * DP + d[None, :], y)

@@ -1,0 +1,249 @@
+"""What happens before the products, on the host: operands of a call from raster to tile order.
+
+The kernels are those of `fpsc.kernels.triton.pack`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fpsc.kernels.saved import Saved, padded_head_dim
+from fpsc.kernels.triton import pack
+from fpsc.kernels.triton.launch import launch
+
+CHUNKS = 128
+"""Stretches of the sequence whose statistics are found side by side."""
+
+ROWS = 32
+"""Rows at a time in them."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm in front of a site: x * r * weight.
+
+    Attributes:
+        weight: [D], shared by the heads, or [heads * D]; None for ones.
+        rstd: float32 [B, N], the statistic over all heads; None for that of each head's own D
+            channels, 1 / sqrt(mean(x^2) + epsilon).
+        epsilon: of the norm, used where rstd is None.
+    """
+
+    weight: Tensor | None = None
+    rstd: Tensor | None = None
+    epsilon: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary embedding in front of a site.
+
+    Attributes:
+        cos, sin: contiguous [N, D / 2], one value a pair of channels.
+        interleaved: pairs (2 i, 2 i + 1); else (i, i + D / 2).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = True
+
+
+@dataclass(frozen=True)
+class Before:
+    """What is done to q and k while they are packed."""
+
+    norm_q: Norm | None = None
+    norm_k: Norm | None = None
+    rotation: Rotation | None = None
+
+    def arguments(self, norm: Norm | None, head_dim: int) -> tuple[Any, ...]:
+        """For a kernel: statistic, weight, cos, sin, epsilon, then what is compiled in."""
+        norm_kind, step, turn = 0, 0, 0
+        rstd = weight = cos = sin = None
+        if norm is not None:
+            rstd, weight, norm_kind = norm.rstd, norm.weight, 1 if norm.rstd is None else 2
+            step = 0 if weight is None or weight.numel() == head_dim else head_dim
+        if self.rotation is not None:
+            cos, sin = self.rotation.cos, self.rotation.sin
+            turn = 1 if self.rotation.interleaved else 2
+        epsilon = norm.epsilon if norm is not None else 0.0
+        compiled_in = {"NORM": norm_kind, "ROTATION": turn, "NORM_STRIDE": step}
+        return (rstd, weight, cos, sin, epsilon), compiled_in
+
+
+NOTHING_BEFORE = Before()
+
+
+class Keys(NamedTuple):
+    """The keys of each tile that take part; strides are zero where batch elements share them."""
+
+    gather: Tensor
+    count: Tensor
+    gather_stride: int
+    count_stride: int
+
+
+class Tiles(NamedTuple):
+    """Operands in tile order, one buffer each: [B, heads, TILES, BLOCK, DP], or for V of FP8 cells
+    [B, G, DP, TILES * BLOCK]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """Inputs of one call; q [B, H, N, D], k, v [B, G, N, D] with a contiguous last dimension."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    modes: Tensor
+    gather: Tensor
+    valid: Tensor
+    key_mask: Tensor | None
+    scale: float
+    before: Before = NOTHING_BEFORE
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """H, G, N, TILES"""
+        return self.q.shape[1], self.k.shape[1], self.q.shape[2], self.gather.shape[0]
+
+    @property
+    def fixed(self) -> dict[str, int]:
+        D = self.q.shape[3]
+        return {"D": D, "DP": padded_head_dim(D), "BLOCK": self.gather.shape[1]}
+
+    def tile_shape(self, heads: int) -> tuple[int, ...]:
+        DP = padded_head_dim(self.q.shape[3])
+        return (self.q.shape[0], heads, *self.gather.shape, DP)
+
+
+def keys_of(
+    gather: Tensor, valid: Tensor, key_mask: Tensor | None, batch: int, tokens: int
+) -> Keys:
+    """The keys of each tile that take part."""
+    if key_mask is None:
+        return Keys(gather, valid, 0, 0)
+    TILES, BLOCK = gather.shape
+    keys = gather.new_empty((batch, TILES, BLOCK))
+    count = gather.new_empty((batch, TILES))
+    mask = key_mask.expand(batch, tokens).contiguous().view(torch.uint8)
+    launch(
+        pack.compact_keys, (TILES, batch),
+        gather, valid, mask, keys, count, mask.stride(0), tokens, TILES,
+        BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return Keys(keys, count, TILES * BLOCK, TILES)
+
+
+def new_saved(call: Call) -> Saved:
+    """Buffers for what FP8 cells leave to backward."""
+    B, H, N, D = call.q.shape
+    G, DP, (TILES, BLOCK) = call.k.shape[1], padded_head_dim(D), call.gather.shape
+    q = call.q
+    return Saved(
+        shift=q.new_zeros((B, H, N), dtype=torch.float32),
+        q8=q.new_empty((B, H, TILES, BLOCK, DP), dtype=torch.float8_e4m3fn),
+        k8=q.new_empty((B, G, TILES, BLOCK, DP), dtype=torch.float8_e4m3fn),
+        v8=q.new_empty((B, G, DP, TILES * BLOCK), dtype=torch.float8_e4m3fn),
+        q_scale=q.new_empty((B, H, TILES), dtype=torch.float32),
+        k_scale=q.new_empty((B, G, TILES), dtype=torch.float32),
+        v_scale=q.new_empty((B, G, DP), dtype=torch.float32),
+    )
+
+
+def copy_tiles(call: Call, keys: Keys, meta: Tensor, into: Tiles | None = None) -> Tiles:
+    """Operands of the cells in the input's dtype. Writes their part of meta [B, G, TILES, 2]."""
+    H, G, _, _ = call.sizes
+    if into is None:
+        into = Tiles(*(call.q.new_empty(call.tile_shape(heads)) for heads in (H, G, G)))
+    _pack(call, keys, into, meta, None, None, None, permuted=False)
+    return into
+
+
+def quantise(
+    call: Call, keys: Keys, groups: Tensor | None, meta: Tensor, saved: Saved, *, permuted: bool
+) -> Tiles:
+    """Operands of the FP8 cells, in the buffers of `saved`, and their part of meta.
+
+    groups: [groupings, TILES], None where every tile has scales of its own. permuted: whether V is
+    stored as `pack.permuted` says.
+    """
+    H, G, N, TILES = call.sizes
+    B, DP = call.q.shape[0], padded_head_dim(call.q.shape[3])
+    chunk = -(-N // CHUNKS)
+    partial = call.q.new_empty((B, G, CHUNKS, 3, DP), dtype=torch.float32)
+    mean = call.q.new_empty((B, G, DP), dtype=torch.float32)
+    before, compiled_in = call.before.arguments(call.before.norm_k, call.q.shape[3])
+    mask = None
+    if call.key_mask is not None:
+        mask = call.key_mask.expand(B, N).contiguous().view(torch.uint8)
+    launch(
+        pack.statistics, (CHUNKS, B * G),
+        call.k, call.v, mask, call.modes, partial, *call.k.stride()[:3], *call.v.stride()[:3],
+        N, *before, H, G, N, chunk,
+        D=call.fixed["D"], DP=DP, ROWS=ROWS, **compiled_in, num_warps=4,
+    )  # fmt: skip
+    launch(
+        pack.finish_statistics, (B * G,),
+        partial, call.modes, mean, saved.v_scale, H, G, CHUNKS, DP=DP, ROWS=ROWS, num_warps=4,
+    )  # fmt: skip
+    largest = None
+    if groups is not None:
+        largest = tuple(
+            call.q.new_zeros((B, heads, TILES), dtype=torch.float32) for heads in (H, G)
+        )
+        for operand, x in enumerate((call.q, call.k)):
+            norm = (call.before.norm_q, call.before.norm_k)[operand]
+            before, compiled_in = call.before.arguments(norm, call.q.shape[3])
+            where = Keys(call.gather, call.valid, 0, 0) if operand == 0 else keys
+            launch(
+                pack.group_maxima, (x.shape[1] * TILES, B),
+                x, mean, call.modes, groups, where.gather, where.count, largest[operand],
+                *x.stride()[:3], where.gather_stride, where.count_stride, *before, *call.sizes,
+                **call.fixed, OPERAND=operand, **compiled_in, num_warps=4,
+            )  # fmt: skip
+    tiles = Tiles(saved.q8, saved.k8, saved.v8)
+    _pack(call, keys, tiles, meta, (mean, saved), groups, largest, permuted=permuted)
+    return tiles
+
+
+def _pack(
+    call: Call,
+    keys: Keys,
+    into: Tiles,
+    meta: Tensor,
+    quantised: tuple[Tensor, Saved] | None,
+    groups: Tensor | None,
+    largest: tuple[Tensor, ...] | None,
+    *,
+    permuted: bool,
+) -> None:
+    """Q, K and V of the cells of one kind."""
+    mean, saved = quantised if quantised is not None else (None, None)
+    queries = Keys(call.gather, call.valid, 0, 0)
+    operands = ((call.q, into.q, queries), (call.k, into.k, keys), (call.v, into.v, keys))
+    for operand, (x, y, where) in enumerate(operands):
+        nothing = operand == 2
+        before = NOTHING_BEFORE if nothing else call.before
+        norm = None if nothing else (call.before.norm_q, call.before.norm_k)[operand]
+        inputs, compiled_in = before.arguments(norm, call.q.shape[3])
+        launch(
+            pack.pack_tiles, (x.shape[1] * call.gather.shape[0], call.q.shape[0]),
+            x, y, saved.q_scale if saved is not None else None, meta, mean,
+            saved.v_scale if saved is not None else None,
+            saved.shift if saved is not None else None,
+            call.modes, groups, largest[operand] if largest is not None and not nothing else None,
+            where.gather, where.count, *x.stride()[:3], where.gather_stride, where.count_stride,
+            *inputs, call.scale, *call.sizes,
+            **call.fixed, OPERAND=operand, FP8=saved is not None,
+            PERMUTED=permuted and nothing, GROUPED=groups is not None and not nothing,
+            **compiled_in, num_warps=4,
+        )  # fmt: skip
