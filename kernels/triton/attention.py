@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fpsc.kernels.saved import FP8, GROUPED, INPUT_DTYPE, Saved, expands_keys, padded_head_dim
-from fpsc.kernels.triton import schedule, tune
+from fpsc.kernels.triton import configs, schedule, tune
 from fpsc.kernels.triton import backward as backward_kernels
 from fpsc.kernels.triton import forward as forward_kernels
 from fpsc.kernels.triton.configs import Config
@@ -129,7 +129,7 @@ def backward(
         backward_kernels.gradient_tiles, (H * TILES, B),
         dout, out, lse_BHN, shift, dout_tiles, delta, lse2, modes_BH3, gather, valid,
         *dout.stride()[:3], *out.stride()[:3], H, N, TILES,
-        D=D, DP=DP, BLOCK=BLOCK, num_warps=4,
+        D=D, DP=DP, BLOCK=BLOCK, num_warps=configs.pack_warps(DP),
     )  # fmt: skip
 
     dq = new((B, H, N, D))
@@ -137,7 +137,7 @@ def backward(
     dk, dv = make((B, G, N, D)), make((B, G, N, D))
     operands = (*tiles, dout_tiles, q_scale, meta.view(torch.int64), delta, lse2)
     sizes = (abs(scale), B, H, G, N, TILES)
-    fixed = {"D": D, "DP": DP, "BLOCK": BLOCK, "PRECISION": _precision(dout_tiles.dtype)}
+    fixed = {"D": D, "DP": DP, "BLOCK": BLOCK}
 
     def query_gradients(config: Config) -> None:
         launch(
@@ -226,11 +226,12 @@ def _attend(
             saved.v_scale if saved else None, saved.shift if saved else None, out, lse,
             call.modes, heads, *lists, abs(call.scale), B, H, G, N, TILES,
             **call.fixed, FP8=fp8, PERMUTED=fp8 and tune.permutes_v(device),
-            MASKED=call.key_mask is not None, PRECISION=_precision(tiles.q.dtype),
+            MASKED=call.key_mask is not None,
             **config.arguments(), **config.schedule(),
         )  # fmt: skip
 
-    run(tune.choose("fp8" if fp8 else "input", device, dtype, DP, run))
+    kind, masked = "fp8" if fp8 else "input", call.key_mask is not None
+    run(tune.choose(kind, device, dtype, DP, run, masked=masked))
 
 
 def _widen(saved: Saved, modes_BH3: Tensor, into: Tiles) -> None:
@@ -241,10 +242,6 @@ def _widen(saved: Saved, modes_BH3: Tensor, into: Tiles) -> None:
         launch(
             backward_kernels.widen_tiles, (y.shape[1] * TILES, B),
             x, y, saved.v_scale, modes_BH3, H, y.shape[1], TILES,
-            DP=DP, BLOCK=BLOCK, OPERAND=operand, PERMUTED=permuted, num_warps=4,
+            DP=DP, BLOCK=BLOCK, OPERAND=operand, PERMUTED=permuted, num_warps=configs.pack_warps(DP),
         )  # fmt: skip
 
-
-def _precision(dtype: torch.dtype) -> str | None:
-    """float32 is multiplied as such, never as TF32."""
-    return "ieee" if dtype == torch.float32 else None

@@ -99,7 +99,7 @@ def query_gradients(
     modes_ptr, list_ptr, list_idx, order_ptr, gather_ptr, valid_ptr,
     scale, B, H, G, N, TILES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq [B, H, N, D]. One program a part of a query tile of a head; see `gradient_tiles`."""
     QUERY_PARTS: tl.constexpr = BLOCK // BM
@@ -138,14 +138,14 @@ def query_gradients(
         row = w * BLOCK + (j % KEY_PARTS) * BN
         k_scale, keys = load_meta(meta_ptr, w)
         k = k_desc.load([key_row + row, 0])
-        s = tl.dot(q, k.T, input_precision=PRECISION)
+        s = tl.dot(q, k.T)
         p = tl.math.exp2(s * (q_scale * k_scale) - lse2[:, None])
         taking_part = columns < keys - (j % KEY_PARTS) * BN
         p = tl.where(taking_part[None, :], p, 0.0)
         v = v_desc.load([key_row + row, 0])
-        dp = tl.dot(dout, v.T, input_precision=PRECISION)
+        dp = tl.dot(dout, v.T)
         ds = p * (dp - delta[:, None]) * (k_scale * factor)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = tl.dot(ds.to(k.dtype), k, dq)
 
     dq *= scale / factor
     position = tl.load(gather_ptr + tile * BLOCK + rows).to(tl.int64)
@@ -162,7 +162,7 @@ def key_gradients(
     modes_ptr, back_ptr, back_idx, order_ptr, gather_ptr, count_ptr, stride_gather, stride_count,
     scale, B, H, G, N, TILES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [B, G, N, D]. One program a part of a key tile, for all query heads of its key head.
 
@@ -203,13 +203,13 @@ def key_gradients(
             lse2 = tl.load(lse2_ptr + row + tl.arange(0, BM))
             delta = tl.load(delta_ptr + row + tl.arange(0, BM))
             q = q_desc.load([row, 0])
-            s = tl.dot(k, q.T, input_precision=PRECISION)
+            s = tl.dot(k, q.T)
             p = tl.math.exp2(s * (k_scale * q_scale) - lse2[None, :])
             dout = dout_desc.load([row, 0])
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            dp = tl.dot(v, dout.T, input_precision=PRECISION)
+            dv = tl.dot(p.to(dout.dtype), dout, dv)
+            dp = tl.dot(v, dout.T)
             ds = p * (dp - delta[None, :]) * (q_scale * factor)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = tl.dot(ds.to(q.dtype), q, dk)
 
     dk *= scale / factor
     rows = part * BN + tl.arange(0, BN)

@@ -9,12 +9,8 @@ This module knows no torch, so that the kernels can be compiled ahead of time wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from fpsc.kernels.triton import backward, forward, pack, schedule
-from fpsc.kernels.triton.variants import Variant
 
 BLOCK = 128
 
@@ -37,6 +33,11 @@ class Config:
     specialise: bool = False
     persistent: bool = False
 
+    @property
+    def name(self) -> str:
+        name = f"{self.BM}x{self.BN}-w{self.warps}-s{self.stages}"
+        return name + "-specialised" * self.specialise + "-persistent" * self.persistent
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of a launch of any kernel with products."""
         return {
@@ -58,28 +59,51 @@ BACKWARD = ("query_gradients", "key_gradients")
 INTERPRETED = Config(128, 128, 4, 1)
 
 
+def pack_warps(dp: int, rotated: bool = False) -> int:
+    """Warps of a kernel that holds a tile, or two where it is rotated, in float32 registers."""
+    return min(max(dp // 16, 4) * (2 if rotated else 1), 32)
+
+
 def permutes_v(capability: tuple[int, int]) -> bool:
     """Whether V of FP8 cells is stored permuted, so that P needs no exchange between lanes.
 
-    It saves 90 of 620 instructions a tile; with specialised warps, on Hopper, it would spill.
+    It saves 50 of 580 instructions a tile; with specialised warps, on Hopper, it would spill.
     """
     return capability != (9, 0)
 
 
 def candidates(
-    kernel: str, capability: tuple[int, int], element: str, dp: int
+    kernel: str,
+    capability: tuple[int, int],
+    dp: int,
+    *,
+    masked: bool = False,
+    permuted: bool | None = None,
 ) -> tuple[Config, ...]:
-    """Configurations of a kernel ("fp8", "input", "query_gradients", "key_gradients").
+    """Configurations of a kernel: "fp8" or "input", which is forward for one kind of cell, or
+    "query_gradients" or "key_gradients".
 
-    element: "bf16", "fp16" or "fp32", the dtype of q, k and v; dp: padded head_dim.
+    dp: padded head_dim; masked: a key mask is given; permuted: V is stored so, None for what
+    `permutes_v` says. They serve bfloat16 and float16 alike.
     """
-    if element == "fp32" and kernel != "fp8":
-        # Products of float32 run on the ordinary cores, out of registers.
-        return (Config(16, 16, 4, 1),) if dp > 128 else (Config(32, 32, 4, 1),)
+    found = _candidates(kernel, capability, dp)
+    if kernel == "fp8":
+        permuted = permutes_v(capability) if permuted is None else permuted
+        found = tuple(c for c in found if not (c.specialise and permuted)) or found
+        if not permuted and any(c.specialise for c in found):
+            found = tuple(c for c in found if c.specialise)
+    if masked:  # with the mask's arithmetic a persistent loop runs out of registers for its own
+        found = tuple(c for c in found if not c.persistent)
+    return found
+
+
+def _candidates(
+    kernel: str, capability: tuple[int, int], dp: int
+) -> tuple[Config, ...]:
     hopper, roomy = capability == (9, 0), capability in ((8, 0), (9, 0), (10, 0))
     if kernel == "fp8":
         if dp > 128:
-            return (Config(128, 64, 8, 2), Config(64, 64, 4, 2))
+            return (Config(64, 64, 8, 2), Config(64, 128, 8, 2))
         if hopper:
             return (
                 Config(128, 128, 4, 2, specialise=True, persistent=True),

@@ -52,8 +52,7 @@ def attend_tile(
     list_ptr, list_idx, gather_ptr, valid_ptr,
     head, part, tile, pattern, scale, H, G, N, TILES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    FP8: tl.constexpr, PERMUTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    SPECIALISE: tl.constexpr, STAGES: tl.constexpr,
+    FP8: tl.constexpr, PERMUTED: tl.constexpr, MASKED: tl.constexpr, SPECIALISE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One item: rows `part * BM` and on of a query tile of a head (of all batch elements)."""
     PARTS: tl.constexpr = BLOCK // BN
@@ -81,7 +80,7 @@ def attend_tile(
         w = tl.load(list_idx + j // PARTS)
         row = w * BLOCK + (j % PARTS) * BN
         k = k_desc.load([key_row + row, 0])
-        s = tl.dot(q, k.T, input_precision=PRECISION)
+        s = tl.dot(q, k.T)
         c = q_scale
         if FP8:
             c *= next_scale
@@ -115,7 +114,7 @@ def attend_tile(
             acc = acc * alpha[:, None] + tl.dot(p8, v.T)
         else:
             v = v_desc.load([key_row + row, 0])
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
 
     seen = total != 0.0
     acc = acc / tl.where(seen, total, 1.0)[:, None]
@@ -143,8 +142,7 @@ def attend(
     modes_ptr, heads_ptr, list_ptr, list_idx, order_ptr, gather_ptr, valid_ptr,
     scale, B, H, G, N, TILES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    FP8: tl.constexpr, PERMUTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    SPECIALISE: tl.constexpr, STAGES: tl.constexpr, PERSISTENT: tl.constexpr,
+    FP8: tl.constexpr, PERMUTED: tl.constexpr, MASKED: tl.constexpr, SPECIALISE: tl.constexpr, STAGES: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """All cells of one kind: FP8, or in the input's dtype.
 
@@ -172,7 +170,7 @@ def attend(
                 q_desc, k_desc, v_desc, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr,
                 lse_ptr, list_ptr, list_idx, gather_ptr, valid_ptr,
                 head, item % PARTS, tile, pattern, scale, H, G, N, TILES,
-                D, DP, BLOCK, BM, BN, FP8, PERMUTED, MASKED, PRECISION, SPECIALISE, STAGES,
+                D, DP, BLOCK, BM, BN, FP8, PERMUTED, MASKED, SPECIALISE, STAGES,
             )  # fmt: skip
     else:
         item = tl.program_id(0)
@@ -184,5 +182,5 @@ def attend(
                 q_desc, k_desc, v_desc, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr,
                 lse_ptr, list_ptr, list_idx, gather_ptr, valid_ptr,
                 head, item % PARTS, tile, pattern, scale, H, G, N, TILES,
-                D, DP, BLOCK, BM, BN, FP8, PERMUTED, MASKED, PRECISION, SPECIALISE, STAGES,
+                D, DP, BLOCK, BM, BN, FP8, PERMUTED, MASKED, SPECIALISE, STAGES,
             )  # fmt: skip

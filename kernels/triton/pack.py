@@ -10,10 +10,11 @@ Rows beyond the tile's length are zero in Q and V, and in K copies of the first 
 
 Before anything else a row may be scaled as RMSNorm does, and rotated as rotary embeddings do:
 
-    norm     y_d = x_d * r * w_d            r: a row's own statistic (per head), or given (any heads)
-    rotation y_d = x_d * cos_d + sign_d * x_partner(d) * sin_d
+    norm      y_d = x_d * r * w_d           r: a row's own statistic (per head), or given (any heads)
+    rotation  y_a = x_a * cos - x_b * sin, y_b = x_a * sin + x_b * cos
 
-with pairs (2 i, 2 i + 1), or (i, i + D / 2) where HALF_SPLIT; cos and sin hold one value a pair.
+with pairs (a, b) = (2 i, 2 i + 1), or (i, i + D / 2) where HALF_SPLIT; cos and sin hold one value a
+pair.
 """
 
 from __future__ import annotations
@@ -68,41 +69,54 @@ def permuted(column):
 
 
 @triton.jit
+def channel_of(column, D: tl.constexpr, DP: tl.constexpr, ROTATION: tl.constexpr):
+    """Which channel stands at a column of what `load_rows` gives.
+
+    The column itself, but where pairs are half a head apart: there the two halves of DP columns
+    hold the two halves of D channels, each with its share of the padding.
+    """
+    if ROTATION != HALF_SPLIT or D == DP:
+        return column
+    half, place = column // (DP // 2), column % (DP // 2)
+    inside = place < D // 2
+    padding = D + half * (DP // 2 - D // 2) + place - D // 2
+    return tl.where(inside, half * (D // 2) + place, padding)
+
+
+@triton.jit
 def load_rows(
     x_ptr, stride_n, position, real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
-    D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, ROTATION: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr,
+    ROTATION: tl.constexpr,
 ):  # fmt: skip
-    """float32 [rows, DP] of the tokens at `position`, zero where not `real`."""
-    d = tl.arange(0, DP)
-    at = position[:, None] * stride_n
+    """float32 [ROWS, DP] of the tokens at `position`, zero where not `real`; see `channel_of`."""
+    column = tl.arange(0, DP)
+    d = channel_of(column, D, DP, ROTATION)
     mask = real[:, None] & (d < D)[None, :]
-    x = tl.load(x_ptr + at + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = position[:, None] * stride_n + d[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if NORM == PER_HEAD:
-        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + epsilon)
+        x *= tl.rsqrt(tl.sum(x * x, 1) / D + epsilon)[:, None]
     if NORM == GIVEN:
-        rstd = tl.load(rstd_ptr + position, mask=real, other=0.0)
+        x *= tl.load(rstd_ptr + position, mask=real, other=0.0)[:, None]
     if NORM != NONE:
-        x *= rstd[:, None]
         if weight_ptr is not None:
             x *= tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     if ROTATION != NONE:
-        if ROTATION == INTERLEAVED:
-            partner, pair, sign = d ^ 1, d // 2, (d % 2) * 2.0 - 1.0
-        else:
-            half = D // 2
-            partner = tl.where(d < half, d + half, d - half)
-            pair = tl.where(d < half, d, d - half)
-            sign = tl.where(d < half, -1.0, 1.0)
-        other = tl.load(x_ptr + at + partner[None, :], mask=mask, other=0.0).to(tl.float32)
-        if NORM != NONE:
-            other *= rstd[:, None]
-            if weight_ptr is not None:
-                w = tl.load(weight_ptr + partner, mask=d < D, other=0.0).to(tl.float32)
-                other *= w[None, :]
+        pair = tl.arange(0, DP // 2)
+        inside = real[:, None] & (pair < D // 2)[None, :]
         angle = position[:, None] * (D // 2) + pair[None, :]
-        cos = tl.load(cos_ptr + angle, mask=mask, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(tl.float32)
-        x = x * cos + other * (sign[None, :] * sin)
+        cos = tl.load(cos_ptr + angle, mask=inside, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
+        if ROTATION == INTERLEAVED:
+            first, second = tl.split(tl.reshape(x, [ROWS, DP // 2, 2]))
+        else:
+            halves = tl.reshape(x, [ROWS, 2, DP // 2])
+            first, second = tl.split(tl.permute(halves, [0, 2, 1]))
+        both = tl.join(first * cos - second * sin, first * sin + second * cos)
+        if ROTATION == HALF_SPLIT:
+            both = tl.permute(both, [0, 2, 1])
+        x = tl.reshape(both, [ROWS, DP])
     return finite_or_nan(x)
 
 
@@ -171,18 +185,19 @@ def statistics(
                 real = real & (mask != 0)
             k = load_rows(
                 k_ptr, k_n, n, real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
-                D, DP, NORM, ROTATION,
+                ROWS, D, DP, NORM, ROTATION,
             )  # fmt: skip
             finite = real & (tl.max((k != k).to(tl.int32), 1) == 0)
             total += tl.sum(tl.where(finite[:, None], k, 0.0), 0)
             count += tl.sum(finite.to(tl.float32), 0)
-            v = load_rows(v_ptr, v_n, n, real, None, None, None, None, 0.0, D, DP, NONE, NONE)
+            v = load_rows(v_ptr, v_n, n, real, None, None, None, None, 0.0, ROWS, D, DP, NONE, NONE)
             largest = tl.maximum(largest, tl.max(magnitude(v), 0))
-        d = tl.arange(0, DP)
+        d = channel_of(tl.arange(0, DP), D, DP, ROTATION)
+        v_d = tl.arange(0, DP)
         partial_ptr += (head.to(tl.int64) * tl.num_programs(0) + chunk) * 3 * DP
         tl.store(partial_ptr + d, total)
         tl.store(partial_ptr + DP + d, count)
-        tl.store(partial_ptr + 2 * DP + d, largest)
+        tl.store(partial_ptr + 2 * DP + v_d, largest)
 
 
 @triton.jit
@@ -241,11 +256,12 @@ def group_maxima(
             weight_ptr += head * NORM_STRIDE
         x = load_rows(
             x_ptr, x_n, position.to(tl.int64), real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr,
-            epsilon, D, DP, NORM, ROTATION,
+            epsilon, BLOCK, D, DP, NORM, ROTATION,
         )  # fmt: skip
         row = b * HEADS + head
         if OPERAND == K:
-            mean = tl.load(mean_ptr + row * DP + tl.arange(0, DP))
+            d = channel_of(tl.arange(0, DP), D, DP, ROTATION)
+            mean = tl.load(mean_ptr + row * DP + d)
             x = tl.where(real[:, None], x - mean[None, :], 0.0)
         largest = tl.max(tl.max(magnitude(x), 1), 0)
         group = tl.load(groups_ptr + grouping * TILES + tile)
@@ -276,7 +292,7 @@ def pack_tiles(
     first_head = b * H + head * (H // HEADS)
     if wanted(modes_ptr, first_head, H // HEADS, FP8):
         rows = tl.arange(0, BLOCK)
-        d = tl.arange(0, DP)
+        d = channel_of(tl.arange(0, DP), D, DP, ROTATION)
         source = permuted(rows) if PERMUTED else rows
         count = tl.load(count_ptr + b * stride_count + tile)
         real = source < count
@@ -295,7 +311,7 @@ def pack_tiles(
             weight_ptr += head * NORM_STRIDE
         x = load_rows(
             x_ptr, x_n, position, real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
-            D, DP, NORM, ROTATION,
+            BLOCK, D, DP, NORM, ROTATION,
         )  # fmt: skip
         row = b * HEADS + head
         scale = 1.0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fpsc.kernels.saved import Saved, padded_head_dim
-from fpsc.kernels.triton import pack
+from fpsc.kernels.triton import configs, pack
 from fpsc.kernels.triton.launch import launch
 
 CHUNKS = 128
@@ -189,11 +189,11 @@ def quantise(
         pack.statistics, (CHUNKS, B * G),
         call.k, call.v, mask, call.modes, partial, *call.k.stride()[:3], *call.v.stride()[:3],
         N, *before, H, G, N, chunk,
-        D=call.fixed["D"], DP=DP, ROWS=ROWS, **compiled_in, num_warps=4,
+        D=call.fixed["D"], DP=DP, ROWS=ROWS, **compiled_in, num_warps=8,
     )  # fmt: skip
     launch(
         pack.finish_statistics, (B * G,),
-        partial, call.modes, mean, saved.v_scale, H, G, CHUNKS, DP=DP, ROWS=ROWS, num_warps=4,
+        partial, call.modes, mean, saved.v_scale, H, G, CHUNKS, DP=DP, ROWS=ROWS, num_warps=8,
     )  # fmt: skip
     largest = None
     if groups is not None:
@@ -208,7 +208,8 @@ def quantise(
                 pack.group_maxima, (x.shape[1] * TILES, B),
                 x, mean, call.modes, groups, where.gather, where.count, largest[operand],
                 *x.stride()[:3], where.gather_stride, where.count_stride, *before, *call.sizes,
-                **call.fixed, OPERAND=operand, **compiled_in, num_warps=4,
+                **call.fixed, OPERAND=operand, **compiled_in,
+                num_warps=configs.pack_warps(DP, rotated=call.before.rotation is not None),
             )  # fmt: skip
     tiles = Tiles(saved.q8, saved.k8, saved.v8)
     _pack(call, keys, tiles, meta, (mean, saved), groups, largest, permuted=permuted)
@@ -230,6 +231,7 @@ def _pack(
     mean, saved = quantised if quantised is not None else (None, None)
     queries = Keys(call.gather, call.valid, 0, 0)
     operands = ((call.q, into.q, queries), (call.k, into.k, keys), (call.v, into.v, keys))
+    y_dp = call.fixed["DP"]
     for operand, (x, y, where) in enumerate(operands):
         nothing = operand == 2
         before = NOTHING_BEFORE if nothing else call.before
@@ -245,5 +247,6 @@ def _pack(
             *inputs, call.scale, *call.sizes,
             **call.fixed, OPERAND=operand, FP8=saved is not None,
             PERMUTED=permuted and nothing, GROUPED=groups is not None and not nothing,
-            **compiled_in, num_warps=4,
+            **compiled_in,
+            num_warps=configs.pack_warps(y_dp, rotated=before.rotation is not None),
         )  # fmt: skip

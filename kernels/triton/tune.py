@@ -33,8 +33,6 @@ log = logging.getLogger("fpsc")
 ROUNDS = 5
 """Timed runs of each candidate, in turns; the median counts."""
 
-ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
 PERMUTE_V: bool | None = None
 """For measurements: overrides `permutes_v`. Forward and backward must see the same value."""
 
@@ -64,20 +62,27 @@ def permutes_v(device: torch.device) -> bool:
 
 
 def choose(
-    kernel: str, device: torch.device, dtype: torch.dtype, dp: int, run: Callable[[Config], None]
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    dp: int,
+    run: Callable[[Config], None],
+    *,
+    masked: bool = False,
 ) -> Config:
     """The configuration for a call; `run` launches it with one, and may be called several times.
+
+    The other arguments are those of `configs.candidates`.
 
     Raises: RuntimeError where no candidate can be launched, with what each of them said.
     """
     if interpreter.ACTIVE:
         return configs.INTERPRETED
-    found = configs.candidates(kernel, capability(device), ELEMENTS[dtype], dp)
-    if PERMUTE_V:  # then specialised warps would spill
-        found = tuple(c for c in found if not c.specialise) or found
+    permuted = permutes_v(device)
+    found = configs.candidates(kernel, capability(device), dp, masked=masked, permuted=permuted)
     if len(found) == 1:
         return found[0]
-    key = f"{kernel} {ELEMENTS[dtype]} {dp} {permutes_v(device)} {_identity(device)}"
+    key = f"{kernel} {dtype} {dp} {masked} {permuted} {_identity(device)}"
     if key not in _chosen:
         stored = _read().get(key, {}).get("config")
         known = next((c for c in found if asdict(c) == stored), None)

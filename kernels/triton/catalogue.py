@@ -1,0 +1,210 @@
+"""Every way in which the kernels are launched, for compiling them ahead of time.
+
+Types and constants are those that `fpsc.kernels.triton.attention` and `prologue` launch with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from fpsc.kernels.triton import backward, forward, pack, schedule
+from fpsc.kernels.triton.configs import (
+    BACKWARD,
+    BLOCK,
+    Config,
+    candidates,
+    pack_warps,
+    permutes_v,
+)
+from fpsc.kernels.triton.variants import CAPABILITIES, FP8_CAPABILITIES, Variant
+
+HEAD_DIMS = (32, 64, 128, 256)  # padded
+OPERANDS = ("q", "k", "v")
+
+FLOAT32 = {
+    "partial_ptr", "mean_ptr", "v_scale_ptr", "q_scale_ptr", "shift_ptr", "scale_ptr",
+    "largest_ptr", "lse_ptr", "delta_ptr", "lse2_ptr", "rstd_ptr",
+}  # fmt: skip
+NUMBERS = {"scale", "softmax_scale", "epsilon"}
+NOTHING_BEFORE = {
+    "rstd_ptr": None, "weight_ptr": None, "cos_ptr": None, "sin_ptr": None,
+    "NORM": 0, "ROTATION": 0, "NORM_STRIDE": 0,
+}  # fmt: skip
+
+
+def variants() -> Iterator[Variant]:
+    """All of them; names are unique, one for all capabilities on which it is launched."""
+    found: dict[str, Variant] = {}
+    for variant in _launches():
+        known = found.get(variant.name)
+        if known is not None:
+            variant = replace(variant, capabilities=known.capabilities + variant.capabilities)
+        found[variant.name] = variant
+    yield from found.values()
+
+
+def _launches() -> Iterator[Variant]:
+    for capability in CAPABILITIES:
+        for dp in HEAD_DIMS:
+            yield from _products(capability, "bf16", dp)
+        yield from _products(capability, "fp16", 128, first_only=True)
+        yield from _prologue(capability)
+
+
+def _products(
+    capability: int, element: str, dp: int, first_only: bool = False
+) -> Iterator[Variant]:
+    """The kernels with matrix products, in every configuration offered."""
+    cc = divmod(capability, 10)
+    for kernel in ("fp8", "input", "query_gradients", "key_gradients"):
+        if kernel == "fp8" and capability not in FP8_CAPABILITIES:
+            continue
+        orders = {permutes_v(cc), True} if kernel == "fp8" else {False}
+        for masked in (False, True) if kernel in ("fp8", "input") and dp == 128 else (False,):
+            for permuted in sorted(orders):  # on Hopper also permuted, for measurements
+                configs = candidates(kernel, cc, dp, masked=masked, permuted=permuted)
+                for config in configs[:1] if first_only else configs:
+                    yield _product(kernel, capability, element, dp, config, masked, permuted)
+
+
+def _product(
+    kernel: str,
+    capability: int,
+    element: str,
+    dp: int,
+    config: Config,
+    masked: bool,
+    permuted: bool,
+) -> Variant:
+    name = f"{kernel}-{element}-{dp}-{config.name}" + "-masked" * masked + "-permuted" * permuted
+    arguments = config.arguments()
+    options = {key: arguments.pop(key) for key in ("num_warps", "num_stages")}
+    arguments |= {"D": dp, "DP": dp, "BLOCK": BLOCK}
+    shared: dict[str, Any] = {
+        "name": name,
+        "options": options,
+        "head_dim": dp,
+        "capabilities": (capability,),
+        "product": "fp8" if kernel == "fp8" else element,
+    }
+    if kernel in BACKWARD:
+        function = getattr(backward, kernel)
+        keys = config.BN if kernel == "query_gradients" else None
+        signature = _signature(function, element, **arguments)
+        return Variant(kernel=function, signature=signature, role="backward", keys=keys, **shared)
+    arguments |= {**config.schedule(), "FP8": kernel == "fp8", "MASKED": masked}
+    signature = _signature(forward.attend, element, PERMUTED=permuted, **arguments)
+    if kernel == "fp8":
+        signature |= {f"{x}_ptr": "*fp8e4nv:16" for x in OPERANDS}
+    else:
+        signature |= {"q_scale_ptr": None, "v_scale_ptr": None, "shift_ptr": None}
+    return Variant(
+        kernel=forward.attend,
+        signature=signature,
+        role="forward",
+        keys=config.BN,
+        specialised=config.specialise,
+        **shared,
+    )
+
+
+def _prologue(capability: int, element: str = "bf16", dp: int = 128) -> Iterator[Variant]:
+    """The kernels around the products: one each for Q, K and V, plain and with all that is in
+    front of them."""
+    fp8 = capability in FP8_CAPABILITIES
+    sizes = {"D": dp, "DP": dp, "BLOCK": BLOCK}
+    turned = {
+        "rstd_ptr": "*fp32:16", "weight_ptr": f"*{element}:16", "cos_ptr": "*fp32:16",
+        "sin_ptr": "*fp32:16", "NORM": 2, "ROTATION": 1, "NORM_STRIDE": dp,
+    }  # fmt: skip
+    kinds = (False, True) if fp8 else (False,)
+    plain: dict[str, Any] = {
+        "options": {"num_warps": pack_warps(dp)}, "role": "prologue", "head_dim": dp,
+        "capabilities": (capability,),
+    }  # fmt: skip
+    for operand, letter in enumerate(OPERANDS):
+        for quantised in kinds:
+            for before, suffix in ((NOTHING_BEFORE, ""), (turned, "-norm-rotation")):
+                if operand == 2 and suffix:
+                    continue
+                grouped = quantised and operand < 2
+                out = "fp8e4nv" if quantised else element
+                given = {
+                    **sizes, **before, "y_ptr": f"*{out}:16", "meta_ptr": "*fp32:16",
+                    "OPERAND": operand, "FP8": quantised, "GROUPED": grouped,
+                    "PERMUTED": quantised and operand == 2,
+                }  # fmt: skip
+                signature = _signature(pack.pack_tiles, element, **given)
+                kind = "fp8" if quantised else "input"
+                yield Variant(
+                    name=f"pack-{letter}-{kind}-{element}-{dp}{suffix}",
+                    kernel=pack.pack_tiles, signature=signature,
+                    **plain | {"options": {"num_warps": pack_warps(dp, rotated=bool(suffix))}},
+                )  # fmt: skip
+    signature = _signature(pack.compact_keys, element, BLOCK=BLOCK)
+    yield Variant(name="compact-keys", kernel=pack.compact_keys, signature=signature, **plain)
+    signature = _signature(schedule.order_heads, element, WIDTH=64)
+    options = {**plain, "options": {"num_warps": 1}}
+    yield Variant(name="order-heads", kernel=schedule.order_heads, signature=signature, **options)
+    around = {**plain, "role": "backward"}
+    signature = _signature(backward.gradient_tiles, element, **sizes)
+    yield Variant(
+        name=f"gradient-tiles-{element}-{dp}", kernel=backward.gradient_tiles,
+        signature=signature, **around,
+    )  # fmt: skip
+    if not fp8:
+        return
+    for before, suffix in ((NOTHING_BEFORE, ""), (turned, "-norm-rotation")):
+        signature = _signature(pack.statistics, element, D=dp, DP=dp, ROWS=32, **before)
+        yield Variant(
+            name=f"statistics-{element}-{dp}{suffix}", kernel=pack.statistics,
+            signature=signature, **plain,
+        )  # fmt: skip
+        signature = _signature(pack.group_maxima, element, **sizes, **before, OPERAND=1)
+        yield Variant(
+            name=f"group-maxima-{element}-{dp}{suffix}", kernel=pack.group_maxima,
+            signature=signature,
+            **plain | {"options": {"num_warps": pack_warps(dp, rotated=bool(suffix))}},
+        )  # fmt: skip
+    signature = _signature(pack.finish_statistics, element, DP=dp, ROWS=32)
+    yield Variant(
+        name=f"finish-statistics-{dp}", kernel=pack.finish_statistics, signature=signature, **plain
+    )
+    for operand, letter in enumerate(OPERANDS):
+        signature = _signature(
+            backward.widen_tiles, element, x_ptr="*fp8e4nv:16", DP=dp, BLOCK=BLOCK,
+            OPERAND=operand, PERMUTED=operand == 2,
+        )  # fmt: skip
+        yield Variant(
+            name=f"widen-{letter}-{element}-{dp}", kernel=backward.widen_tiles,
+            signature=signature, **around,
+        )  # fmt: skip
+
+
+def _signature(kernel: Any, element: str, **given: Any) -> dict[str, Any]:
+    """Types of a kernel's arguments by their names; `given` are constants, or other types."""
+    found: dict[str, Any] = {}
+    for name in kernel.arg_names:
+        if name in given:
+            found[name] = given[name]
+        elif name == "meta_ptr":
+            found[name] = "*i64:16"
+        elif name == "mask_ptr":
+            found[name] = "*u8:16"
+        elif name in FLOAT32:
+            found[name] = "*fp32:16"
+        elif name in NUMBERS:
+            found[name] = "fp32"
+        elif name.rpartition("_")[2] == "ptr" and name.partition("_")[0] in (
+            "q", "k", "v", "x", "y", "out", "dout", "dq", "dk", "dv",
+        ):  # fmt: skip
+            found[name] = f"*{element}:16"
+        elif name.rpartition("_")[2] in ("ptr", "idx"):
+            found[name] = "*i32:16"
+        elif len(name) == 3 and name[1] == "_" or name.startswith(("dout_", "out_", "stride_")):
+            found[name] = "i64"
+        else:
+            found[name] = "i32"
+    return found
