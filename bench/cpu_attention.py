@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention  # noqa:
 from fpsc.grid import Layout, layout, plan_tile  # noqa: E402
 from fpsc.kernels import ops, reference  # noqa: E402
 from fpsc.policy.patterns import Pattern, lists  # noqa: E402
+from fpsc.policy.resolve import groups_of, longest_first, transposed  # noqa: E402
 from tests.thresholds import KERNEL_FP32, relative_rms  # noqa: E402
 
 GRID, HEADS, HEAD_DIM = (13, 30, 52), 4, 128
@@ -68,6 +70,21 @@ class Problem:
         """Sequence positions in tile order, without padding."""
         return self.tiles.gather[self.tiles.gather >= 0].long()
 
+    @cached_property
+    def lists(self) -> dict[str, Tensor]:
+        """What `fpsc::attention` takes of a plan; one pattern, one scale a tile."""
+        back_ptr, back_idx = transposed(self.ptr.numpy(), self.idx.numpy())
+        return {
+            "list_ptr": self.ptr[None],
+            "list_idx": self.idx,
+            "back_ptr": torch.from_numpy(back_ptr)[None],
+            "back_idx": torch.from_numpy(back_idx),
+            "order": torch.from_numpy(longest_first(self.ptr.numpy()[None])),
+            "groups": torch.from_numpy(groups_of("tile", self.tiles))[None],
+            "gather": self.tiles.gather,
+            "valid": self.tiles.valid,
+        }
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -82,11 +99,8 @@ def fpsc_(p: Problem) -> Contender:
     tables = {
         "rows": zero,
         "cells": zero.expand(1, 1, HEADS),
-        "modes": zero.expand(1, 2),
-        "list_ptr": p.ptr[None],
-        "list_idx": p.idx,
-        "gather": p.tiles.gather,
-        "valid": p.tiles.valid,
+        "modes": zero.expand(1, 3),
+        **p.lists,
     }
     return Contender(lambda: ops.attention(p.q, p.k, p.v, **tables)[0], lambda out: out)
 
@@ -176,10 +190,9 @@ def problems(keep: float) -> dict[str, Problem]:
 
 
 def exact(p: Problem) -> Tensor:
-    modes = torch.zeros(1, HEADS, 2, dtype=torch.int32)
-    return reference.forward(
-        p.q, p.k, p.v, modes, p.ptr[None], p.idx, p.tiles.gather, p.tiles.valid, None, SCALE
-    )[0]
+    modes = torch.zeros(1, HEADS, 3, dtype=torch.int32)
+    lists = {name: x for name, x in p.lists.items() if not name.startswith("back")}
+    return reference.forward(p.q, p.k, p.v, modes, *lists.values(), None, SCALE)[0]
 
 
 def seconds(contender: Contender) -> float:

@@ -27,6 +27,7 @@ from fpsc.passes.infer_grid import Hints
 from fpsc.passes.manager import Analysis, Limits
 from fpsc.passes.match import Role
 from fpsc.policy import Policy, find
+from fpsc.policy.resolve import kinds_of
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
 from fpsc.roots import RunningModule
 from fpsc.runtime import ModelState
@@ -184,7 +185,8 @@ def _compile(
     patches: dict[str, Any],
 ) -> Launcher:
     threaded = state.convention if analysis.timestep is not None else None
-    rewritten = manager.apply(analysis, threaded)
+    kinds = kinds_of(state.policy, state.runs_fp8(analysis.queries[0].device))
+    rewritten = manager.apply(analysis, threaded, kinds=kinds, kernel=state.options.kernel)
     timestep = analysis.timestep if rewritten.returns_rows else None
     launcher = Launcher(rewritten, analysis.program, state, timestep, report)
     weights = [example_inputs[t.weight.position] for t in analysis.targets if t.weight]

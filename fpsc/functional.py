@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor
 
 from fpsc.grid import layout
 from fpsc.kernels import ops
+from fpsc.kernels.select import fp8_support
+from fpsc.passes.rewrite import PLAN
 from fpsc.policy import Policy
-from fpsc.policy.resolve import plan, resolve
+from fpsc.policy.resolve import kinds_of, plan, resolve
 
 
 def attention(
@@ -30,6 +33,7 @@ def attention(
     suffix: int = 0,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
     """Tile-wise block-sparse attention over the tokens of a video.
 
@@ -42,6 +46,8 @@ def attention(
         prefix, suffix: text tokens before and after the video, which attend and are seen densely.
         key_mask: bool [B, N], True for keys that take part.
         scale: of the scores; 1 / sqrt(D) by default.
+        kernel: `auto`, or the name of the only implementation that may run
+            (`fpsc.kernels.select.KERNELS`).
 
     Returns:
         [B, H, N, D] in q's dtype. Differentiable.
@@ -55,17 +61,25 @@ def attention(
     if pattern is None:
         pattern = "window" if window is not None else "near" if keep != 1.0 else "dense"
     size = ("keep", keep) if window is None else ("window", tuple(window))
+    t, y, x = map(int, grid)
+    if prefix + t * y * x + suffix != q.shape[2]:
+        raise ValueError(
+            f"grid: expected prefix + T*Y*X + suffix = {q.shape[2]}, the tokens of q, got "
+            f"{prefix} + {t}*{y}*{x} + {suffix} = {prefix + t * y * x + suffix}"
+        )
     tables = _tables(
         (("pattern", pattern), ("dtype", dtype), size),
         tile if isinstance(tile, str) else tuple(tile),
-        (int(grid[0]), int(grid[1]), int(grid[2])),
+        (t, y, x),
         prefix,
         suffix,
         q.shape[1],
         q.device,
     )
     rows = torch.zeros(1, dtype=torch.int32, device=q.device)
-    out, _ = ops.attention(q, k, v, rows=rows, key_mask=key_mask, scale=scale, site=0, **tables)
+    out, _ = ops.attention(
+        q, k, v, rows=rows, key_mask=key_mask, scale=scale, kernel=kernel, **tables
+    )
     return out
 
 
@@ -78,8 +92,8 @@ def _tables(
     suffix: int,
     heads: int,
     device: torch.device,
-) -> dict[str, Tensor]:
-    """The tensors of a policy that has this one mode."""
+) -> dict[str, Any]:
+    """What `ops.attention` takes of a policy that has this one mode."""
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in mode}
     policy = Policy.from_dict(
         {
@@ -89,8 +103,12 @@ def _tables(
             "schedule": [{"noise": "1..0", "use": "only"}],
         }
     )
-    table = resolve(policy, layers=1, heads=heads, fp8=True)
+    fp8, reason = fp8_support(device)
+    if not fp8 and kinds_of(policy, True) != kinds_of(policy, False):
+        warn(f"fpsc.attention: fp8 is computed in the input's dtype: {reason}", stacklevel=3)
+    table = resolve(policy, layers=1, heads=heads, fp8=fp8)
     lists = plan(policy, layout(grid, policy.tile_for(grid), prefix, suffix))
     found = {"cells": table.cells, "modes": table.modes}
-    found |= {name: getattr(lists, name) for name in ("list_ptr", "list_idx", "gather", "valid")}
-    return {name: tensor.to(device) for name, tensor in found.items()}
+    found |= {name: getattr(lists, name) for name in PLAN}
+    tensors = {name: tensor.to(device) for name, tensor in found.items()}
+    return tensors | {"kinds": kinds_of(policy, fp8)}

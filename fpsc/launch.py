@@ -22,7 +22,7 @@ from fpsc import roots, runtime
 from fpsc.passes.graph import Dim, Program, example
 from fpsc.passes.infer_grid import Found
 from fpsc.passes.rewrite import PLAN, PREFIX, Rewritten
-from fpsc.policy.resolve import MODES, PATTERNS, ROWS
+from fpsc.policy.resolve import GROUPINGS, MODES, PATTERNS, ROWS
 from fpsc.report import Report, log
 from fpsc.runtime import ModelState, Span
 
@@ -102,9 +102,13 @@ class Launcher:
             "edges": ([ROWS], []),
             "rows": ([self._batch or _DYNAMIC], [] if self._batch else [0]),
             "cells": ([len(self._weights), ROWS, self._heads], []),
-            "modes": ([MODES, 2], []),
+            "modes": ([MODES, 3], []),
             "list_ptr": ([PATTERNS, _DYNAMIC], [1]),
             "list_idx": ([_DYNAMIC], [0]),
+            "back_ptr": ([PATTERNS, _DYNAMIC], [1]),
+            "back_idx": ([_DYNAMIC], [0]),
+            "order": ([PATTERNS, _DYNAMIC], [1]),
+            "groups": ([GROUPINGS, _DYNAMIC], [1]),
             "gather": ([_DYNAMIC, 128], [0]),
             "valid": ([_DYNAMIC], [0]),
         }

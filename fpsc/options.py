@@ -10,6 +10,7 @@ import torch._inductor
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from fpsc.kernels.rows import CONVENTIONS
+from fpsc.kernels.select import check_kernel
 
 
 class OptionError(ValueError):
@@ -45,8 +46,10 @@ class Options(BaseModel):
         grid: (T, Y, X), where neither graph nor latent shows it.
         timestep: how to read the timestep.
         mode: Inductor's mode, e.g. `reduce-overhead` or `max-autotune`.
-        emulate_fp8: on a device without FP8, round as FP8 would (true) or compute FP8 cells in the
-            input's dtype (false, faster).
+        emulate_fp8: on CPU, round as FP8 would (true) or compute FP8 cells in the input's dtype
+            (false, faster).
+        kernel: `auto`, or the name of the only implementation that may run
+            (`fpsc.kernels.select.KERNELS`): where it cannot, that is an error.
         inductor: options that are passed on to Inductor.
     """
 
@@ -60,7 +63,14 @@ class Options(BaseModel):
         | None
     ) = None
     emulate_fp8: bool = True
+    kernel: str = "auto"
     inductor: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("kernel")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        check_kernel(value)
+        return value
 
 
 OURS = tuple(name for name in Options.model_fields if name != "inductor")

@@ -19,13 +19,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fpsc import roots
 from fpsc.grid import layout
 from fpsc.kernels.rows import noise_level, noise_rows
+from fpsc.kernels.select import fp8_support
 from fpsc.options import Options
+from fpsc.passes.rewrite import PLAN
 from fpsc.policy import Policy, find
 from fpsc.policy.resolve import ROWS, Plan, Table, plan, resolve
 from fpsc.report import Phase
 
 TABLE_FIELDS = ("edges", "cells", "modes")
-PLAN_FIELDS = ("list_ptr", "list_idx", "gather", "valid")
 
 
 class StructureError(ValueError):
@@ -177,13 +178,18 @@ class ModelState:
 
     # ---- tables and plans
 
+    def runs_fp8(self, device: torch.device) -> bool:
+        """Whether fp8 cells run as such on a device; if not, they run in the input's dtype."""
+        wanted = device.type != "cpu" or self.options.emulate_fp8
+        return wanted and fp8_support(device)[0]
+
     def table(self, heads: int, device: torch.device) -> DeviceTable:
         """The policy's table for this model on a device.
 
         Raises:
             PolicyError: a rule names a layer or head that this model does not have.
         """
-        fp8 = device.type != "cpu" or self.options.emulate_fp8
+        fp8 = self.runs_fp8(device)
         key = (heads, device, fp8)
         if key not in self._tables:
             with torch.inference_mode(False):
@@ -199,7 +205,7 @@ class ModelState:
             tile = self.policy.tile_for(span.grid)
             with torch.inference_mode(False):
                 made = plan(self.policy, layout(span.grid, tile, span.prefix, span.suffix))
-                tensors = {name: getattr(made, name).to(device) for name in PLAN_FIELDS}
+                tensors = {name: getattr(made, name).to(device) for name in PLAN}
             self._plans[key] = DevicePlan(made, tensors)
         return self._plans[key]
 

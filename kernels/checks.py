@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fpsc.kernels.kinds import ALL_CELLS, FP8_CELLS, GROUPED_CELLS, INPUT_CELLS
 from fpsc.kernels.select import select
+
 
 
 def check_shapes(
@@ -17,30 +19,39 @@ def check_shapes(
     modes: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
+    back_ptr: Tensor,
+    back_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
     gather: Tensor,
     valid: Tensor,
     key_mask: Tensor | None,
     site: int,
+    kinds: int,
+    kernel: str,
 ) -> None:
     """What shapes, dtypes and devices alone can tell; also for fake tensors.
 
-    The lengths of the lists and tiles are compared in `check_values`: in a compiled graph they are
+    The lengths of the lists and tiles are compared in `check_lengths`: in a compiled graph they are
     symbols, because graphs are shared between grids, and comparing them would fix them.
 
     Raises: ValueError.
     """
-    for name, x, dims in (
-        ("q", q_BHND, "B, H, N, D"),
-        ("k", k_BGND, "B, G, N, D"),
-        ("v", v_BGND, "B, G, N, D"),
-        ("rows", rows, "B"),
-        ("cells", cells, "sites, noise rows, H"),
-        ("modes", modes, "modes, 2"),
-        ("list_ptr", list_ptr, "patterns, tiles + 1"),
-        ("list_idx", list_idx, "key tiles of all lists"),
-        ("gather", gather, "tiles, block"),
-        ("valid", valid, "tiles"),
-    ):
+    tables = {
+        "rows": (rows, "B"),
+        "cells": (cells, "sites, noise rows, H"),
+        "modes": (modes, "modes, 3"),
+        "list_ptr": (list_ptr, "patterns, tiles + 1"),
+        "list_idx": (list_idx, "key tiles of all lists"),
+        "back_ptr": (back_ptr, "patterns, tiles + 1"),
+        "back_idx": (back_idx, "query tiles of all lists"),
+        "order": (order, "patterns, tiles"),
+        "groups": (groups, "groupings, tiles"),
+        "gather": (gather, "tiles, block"),
+        "valid": (valid, "tiles"),
+    }
+    heads = {"q": (q_BHND, "B, H, N, D"), "k": (k_BGND, "B, G, N, D"), "v": (v_BGND, "B, G, N, D")}
+    for name, (x, dims) in (heads | tables).items():
         expected = dims.count(",") + 1
         if x.ndim != expected:
             raise ValueError(
@@ -64,7 +75,12 @@ def check_shapes(
     for name, x in (("k", k_BGND), ("v", v_BGND)):
         if x.device != q_BHND.device:
             raise ValueError(f"{name}: expected q's device {q_BHND.device}, got {x.device}")
-    choice = select(q_BHND.device, q_BHND.dtype, D, fp8=False)
+    if kinds & ~ALL_CELLS or not kinds & (INPUT_CELLS | FP8_CELLS):
+        raise ValueError(
+            "kinds: expected a sum of 1 (cells in the input's dtype), 2 (fp8) and, with that, 4 "
+            f"(groups of tiles share scales), got {kinds}"
+        )
+    choice = select(q_BHND.device, q_BHND.dtype, D, fp8=bool(kinds & FP8_CELLS), kernel=kernel)
     if choice.name is None:
         raise ValueError(
             f"q, k, v: {choice.reason}; cast or pad them, or leave this attention to "
@@ -79,17 +95,15 @@ def check_shapes(
         raise ValueError(
             f"site: expected 0 <= site < {cells.shape[0]} (the sites of cells), got {site}"
         )
-    if modes.shape[1] != 2:
+    if modes.shape[1] != 3:
         raise ValueError(
-            f"modes: expected 2 columns (pattern, dtype), got shape {list(modes.shape)}"
+            f"modes: expected 3 columns (pattern, dtype, grouping), got shape {list(modes.shape)}"
         )
-    tables = {
-        "rows": rows, "cells": cells, "modes": modes, "list_ptr": list_ptr,
-        "list_idx": list_idx, "gather": gather, "valid": valid,
-    }  # fmt: skip
-    for name, x in tables.items():
+    for name, (x, _) in tables.items():
         if x.dtype != torch.int32:
             raise ValueError(f"{name}: expected dtype torch.int32, got {x.dtype}")
+        if x.device != q_BHND.device:
+            raise ValueError(f"{name}: expected q's device {q_BHND.device}, got {x.device}")
     if key_mask is not None:
         if key_mask.dtype != torch.bool:
             raise ValueError(
@@ -101,25 +115,86 @@ def check_shapes(
             )
 
 
-def check_values(
-    N: int,
-    modes_BH2: Tensor,
+def check_lengths(
+    batch: int,
+    rows: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
+    back_ptr: Tensor,
+    back_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
     gather: Tensor,
     valid: Tensor,
 ) -> None:
-    """What only the numbers can tell: the layout is one of N tokens, every index is in its range.
-
-    Reads them on the host, O(N).
+    """Whether the lengths of the tables fit each other. Reads shapes only, on any device.
 
     Raises: ValueError.
     """
-    if list_ptr.shape[1] != gather.shape[0] + 1 or valid.shape[0] != gather.shape[0]:
+    if len(rows) not in (1, batch):
         raise ValueError(
-            "list_ptr, gather, valid: expected tiles + 1, tiles and tiles entries of one layout, "
-            f"got {list_ptr.shape[1]}, {gather.shape[0]} and {valid.shape[0]}"
+            f"rows: expected one noise row a batch element ({batch}) or one for all, got "
+            f"{len(rows)}; the timestep must hold one value, or one for each batch element"
         )
+    tiles = len(valid)
+    for name, found, expected in (
+        ("gather", len(gather), tiles),
+        ("list_ptr", list_ptr.shape[1], tiles + 1),
+        ("back_ptr", back_ptr.shape[1], tiles + 1),
+        ("order", order.shape[1], tiles),
+        ("groups", groups.shape[1], tiles),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"{name}: expected {expected} entries for the {tiles} tiles of valid, got {found}; "
+                "take all tables from one layout"
+            )
+    for name, found, expected in (
+        ("back_ptr", len(back_ptr), len(list_ptr)),
+        ("order", len(order), len(list_ptr)),
+        ("back_idx", len(back_idx), len(list_idx)),
+    ):
+        if found != expected:
+            other = "list_idx" if name == "back_idx" else "list_ptr"
+            raise ValueError(f"{name}: expected the {expected} entries of {other}, got {found}")
+
+
+def check_rows(rows: Tensor, cells: Tensor, modes: Tensor) -> None:
+    """Whether rows and cells index the tables they name.
+
+    On the CPU only: from another device nothing may be read, because that would wait for it, and a
+    recording of a CUDA graph does not allow it.
+
+    Raises: ValueError.
+    """
+    if rows.device.type != "cpu":
+        return
+    _check_range("rows", rows, cells.shape[1], "rows of cells")
+    _check_range("cells", cells, modes.shape[0], "rows of modes")
+
+
+def check_values(
+    N: int,
+    modes_BH3: Tensor,
+    list_ptr: Tensor,
+    list_idx: Tensor,
+    back_ptr: Tensor,
+    back_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
+    gather: Tensor,
+    valid: Tensor,
+    kinds: int,
+) -> None:
+    """What only the numbers can tell: the layout is one of N tokens, every index is in its range.
+
+    On the CPU only, as `check_rows`: elsewhere the tables are taken at their word. O(N + list_idx),
+    and O(tiles ** 2) for each pattern in use.
+
+    Raises: ValueError.
+    """
+    if modes_BH3.device.type != "cpu":
+        return
     counts, tiles = valid.tolist(), len(valid)
     if sum(counts) != N:
         raise ValueError(
@@ -130,7 +205,7 @@ def check_values(
         raise ValueError(
             f"valid: expected 0..{gather.shape[1]} rows a tile, got {min(counts)}..{max(counts)}"
         )
-    real = torch.arange(gather.shape[1], device=gather.device) < valid[:, None]
+    real = torch.arange(gather.shape[1]) < valid[:, None]
     positions = gather[real].long()
     if N and (int(positions.min()) < 0 or int(positions.max()) >= N):
         raise ValueError(
@@ -139,48 +214,56 @@ def check_values(
         )
     if N and int(torch.bincount(positions, minlength=N).max()) > 1:
         raise ValueError("gather: expected every position once, got some of them twice")
-    patterns = modes_BH2[..., 0]
-    if patterns.numel() and not 0 <= int(patterns.min()) <= int(patterns.max()) < len(list_ptr):
+    patterns, dtypes, groupings = modes_BH3.flatten(0, 1).unbind(1)
+    _check_range("modes: patterns", patterns, len(list_ptr), "rows of list_ptr")
+    _check_range("modes: dtypes", dtypes, 2, "0 is q's dtype, 1 is fp8")
+    _check_range("modes: groupings", groupings, len(groups), "rows of groups")
+    left_out = set(dtypes.tolist()) - {dtype for dtype in (0, 1) if kinds >> dtype & 1}
+    if left_out:
+        raise ValueError(f"kinds: {kinds} leaves out dtype {left_out.pop()}, which cells have")
+    if not kinds & GROUPED_CELLS and bool(((dtypes == 1) & (groupings > 0)).any()):
+        raise ValueError(f"kinds: {kinds} leaves out groupings other than 0, which fp8 cells have")
+    _check_range("groups", groups, tiles, "tiles")
+    _check_lists("list", list_ptr, list_idx, tiles)
+    _check_lists("back", back_ptr, back_idx, tiles)
+    for pattern in patterns.unique().tolist():
+        seen = _pairs(list_ptr[pattern], list_idx)
+        if not torch.equal(seen.T, _pairs(back_ptr[pattern], back_idx)):
+            raise ValueError(
+                f"back_ptr, back_idx: expected the transpose of list_ptr and list_idx, which "
+                f"pattern {pattern} is not"
+            )
+    if not torch.equal(order.sort(dim=1).values, torch.arange(tiles).int().expand_as(order)):
+        raise ValueError(f"order: expected every tile 0..{tiles - 1} once for each pattern")
+
+
+def _check_range(name: str, x: Tensor, size: int, what: str) -> None:
+    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < size:
         raise ValueError(
-            f"modes: expected patterns 0..{len(list_ptr) - 1} (the rows of list_ptr), got "
-            f"{int(patterns.min())}..{int(patterns.max())}"
+            f"{name}: expected 0..{size - 1} ({what}), got {int(x.min())}..{int(x.max())}"
         )
-    if bool((list_ptr.diff(dim=1) < 0).any()) or (
-        list_ptr.numel() and not 0 <= int(list_ptr.min()) <= int(list_ptr.max()) <= len(list_idx)
+
+
+def _check_lists(name: str, ptr: Tensor, idx: Tensor, tiles: int) -> None:
+    """Offsets grow within idx; every list ascends, within the tiles."""
+    if bool((ptr.diff(dim=1) < 0).any()) or (
+        ptr.numel() and not 0 <= int(ptr.min()) <= int(ptr.max()) <= len(idx)
     ):
         raise ValueError(
-            f"list_ptr: expected offsets that grow within 0..{len(list_idx)} (list_idx's length)"
+            f"{name}_ptr: expected offsets that grow within 0..{len(idx)} ({name}_idx's length)"
         )
-    if len(list_idx) and not 0 <= int(list_idx.min()) <= int(list_idx.max()) < tiles:
-        raise ValueError(
-            f"list_idx: expected tiles 0..{tiles - 1}, got "
-            f"{int(list_idx.min())}..{int(list_idx.max())}"
-        )
-    starts = list_ptr[(list_ptr > 0) & (list_ptr < len(list_idx))].long()
-    ascends = list_idx.diff() > 0
+    _check_range(f"{name}_idx", idx, tiles, "tiles")
+    starts = ptr[(ptr > 0) & (ptr < len(idx))].long()
+    ascends = idx.diff() > 0
     ascends[starts - 1] = True
     if not bool(ascends.all()):
-        raise ValueError("list_idx: expected each list to ascend, every key tile once; sort it")
+        raise ValueError(f"{name}_idx: expected each list to ascend, every tile once; sort it")
 
 
-def check_rows(batch: int, rows: Tensor, cells: Tensor, modes: Tensor) -> None:
-    """One row a batch element, or one for all; rows and cells index the tables they name.
-
-    Reads them on the host.
-
-    Raises: ValueError.
-    """
-    if len(rows) not in (1, batch):
-        raise ValueError(
-            f"rows: expected one noise row a batch element ({batch}) or one for all, got "
-            f"{len(rows)}; the timestep must hold one value, or one for each batch element"
-        )
-    for name, index, table, size in (
-        ("rows", rows, "cells", cells.shape[1]),
-        ("cells", cells, "modes", modes.shape[0]),
-    ):
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
-            raise ValueError(
-                f"{name}: expected 0..{size - 1} (rows of {table}), got "
-                f"{int(index.min())}..{int(index.max())}"
-            )
+def _pairs(ptr: Tensor, idx: Tensor) -> Tensor:
+    """bool [TILES, TILES]: what is in the list of each tile. ptr [TILES + 1]."""
+    tiles = len(ptr) - 1
+    pairs = torch.zeros(tiles, tiles, dtype=torch.bool)
+    owners = torch.arange(tiles).repeat_interleave(ptr.diff())
+    pairs[owners, idx[int(ptr[0]) : int(ptr[-1])].long()] = True
+    return pairs

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fpsc.kernels import threads
-from fpsc.kernels.reference import E4M3_MAX, P_OFFSET, quantisation_scale
+from fpsc.kernels.reference import E4M3_MAX, P_OFFSET, key_groupings, quantisation_scale
 
 Result = TypeVar("Result")
 
@@ -53,8 +53,8 @@ class Task(NamedTuple):
     steps: list[Step]
     rows_N: Tensor  # int64: sequence positions in tile order
     keys_M: Tensor  # int64: those of the keys that take part
-    tile_of_row_N: Tensor  # int64
-    tile_of_key_M: Tensor  # int64
+    group_of_row_N: Tensor  # int64: tiles of one group share a scale
+    group_of_key_M: Tensor  # int64
 
     @property
     def work(self) -> int:
@@ -74,15 +74,18 @@ def forward(
     q_BHND: Tensor,
     k_BGND: Tensor,
     v_BGND: Tensor,
-    modes_BH2: Tensor,
+    modes_BH3: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
     gather: Tensor,
     valid: Tensor,
     key_mask_BN: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`; the memory of out is [B, N, H, D]-contiguous."""
+    kinds: int = 3,
+) -> tuple[Tensor, Tensor, None]:
+    """As `reference.forward`."""
     B, H, N, D = q_BHND.shape
     # What these hold is the answer of a query that sees no key.
     out_BHND = q_BHND.new_zeros(B, N, H, D).transpose(1, 2)
@@ -95,7 +98,7 @@ def forward(
             s = _dot(q[rows], _visited(k, step))
             m = s.amax(dim=1, keepdim=True)
             if task.fp8:
-                m -= P_OFFSET  # in p and, through total, in the denominator
+                m = m.ceil_().sub_(P_OFFSET)
             p = s.sub_(m).exp2_()
             total = p.sum(dim=1, keepdim=True)
             if task.fp8:
@@ -105,10 +108,10 @@ def forward(
             out_BHND[task.b, task.h].index_copy_(0, positions, o.to(out_BHND.dtype))
             lse_BHN[task.b, task.h].index_copy_(0, positions, lse)
 
-    tasks = _tasks(k_BGND, modes_BH2, list_ptr, list_idx, gather, valid, key_mask_BN)
+    tasks = _tasks(k_BGND, modes_BH3, list_ptr, list_idx, groups, gather, valid, key_mask_BN)
     for _ in _run(attend, tasks, q_BHND.device):
         pass
-    return out_BHND, lse_BHN
+    return out_BHND, lse_BHN, None
 
 
 def backward(
@@ -118,13 +121,19 @@ def backward(
     v_BGND: Tensor,
     out_BHND: Tensor,
     lse_BHN: Tensor,
-    modes_BH2: Tensor,
+    saved: None,
+    modes_BH3: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
+    back_ptr: Tensor,
+    back_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
     gather: Tensor,
     valid: Tensor,
     key_mask_BN: Tensor | None,
     scale: float,
+    kinds: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`: dq, dk, dv, contiguous, in the dtypes of q, k, v."""
     dq_BHND = q_BHND.new_zeros(q_BHND.shape)
@@ -150,7 +159,7 @@ def backward(
             dq_BHND[b, h].index_copy_(0, task.rows_N[rows], dq.to(dq_BHND.dtype))
         return task, dk_DM.div_(LOG2_E), dv_DM  # q carries scale * log2(e)
 
-    tasks = _tasks(k_BGND, modes_BH2, list_ptr, list_idx, gather, valid, key_mask_BN)
+    tasks = _tasks(k_BGND, modes_BH3, list_ptr, list_idx, groups, gather, valid, key_mask_BN)
     for task, dk_DM, dv_DM in _run(differentiate, tasks, q_BHND.device):
         dk_BGND[task.b, task.g].index_add_(0, task.keys_M, dk_DM.T)
         dv_BGND[task.b, task.g].index_add_(0, task.keys_M, dv_DM.T)
@@ -217,9 +226,10 @@ def _parts(task: Task, n: int) -> Iterator[Task]:
 
 def _tasks(
     k_BGND: Tensor,
-    modes_BH2: Tensor,
+    modes_BH3: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
+    groups: Tensor,
     gather: Tensor,
     valid: Tensor,
     key_mask_BN: Tensor | None,
@@ -230,30 +240,33 @@ def _tasks(
     rows = gather[real].long().to(device)
     tile_of_row = torch.arange(len(valid), device=device).repeat_interleave(valid.to(device))
     row_counts = valid.tolist()
-    heads_per_key_head = modes_BH2.shape[1] // k_BGND.shape[1]
+    heads_per_key_head = modes_BH3.shape[1] // k_BGND.shape[1]
+    groupings_BG = key_groupings(modes_BH3, k_BGND.shape[1]).tolist()
+    groups = groups.long().to(device)
     steps: dict[int, list[Step]] = {}
     tasks = []
-    for b, modes in enumerate(modes_BH2.tolist()):
+    for b, modes in enumerate(modes_BH3.tolist()):
         keys, tile_of_key, key_counts = rows, tile_of_row, row_counts
         if key_mask_BN is not None:
             taking_part = key_mask_BN[b, rows]
             keys, tile_of_key = rows[taking_part], tile_of_row[taking_part]
             key_counts = torch.bincount(tile_of_key, minlength=len(valid)).tolist()
             steps = {}  # these depend on the mask
-        for h, (pattern, dtype) in enumerate(modes):
+        for h, (pattern, dtype, grouping) in enumerate(modes):
             if pattern not in steps:
                 steps[pattern] = list(_steps(list_ptr[pattern], list_idx, row_counts, key_counts))
+            g = h // heads_per_key_head
             tasks.append(
                 Task(
                     b=b,
                     h=h,
-                    g=h // heads_per_key_head,
+                    g=g,
                     fp8=dtype == 1,
                     steps=steps[pattern],
                     rows_N=rows,
                     keys_M=keys,
-                    tile_of_row_N=tile_of_row,
-                    tile_of_key_M=tile_of_key,
+                    group_of_row_N=groups[grouping, tile_of_row],
+                    group_of_key_M=groups[groupings_BG[b][g], tile_of_key],
                 )
             )
     return tasks
@@ -309,8 +322,8 @@ def _operands(q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, task: Task, scale:
         return Operands(q.mul_(scale * LOG2_E), k, v, q.new_zeros(len(q)))
     mean_D = _finite_mean(k)
     shift_N = scale * q @ mean_D
-    _round_per_tile_(q, task.tile_of_row_N)
-    _round_per_tile_(k.sub_(mean_D), task.tile_of_key_M)
+    _round_per_group_(q, task.group_of_row_N)
+    _round_per_group_(k.sub_(mean_D), task.group_of_key_M)
     _round_per_channel_(v)
     return Operands(q.mul_(scale * LOG2_E), k, v, shift_N)
 
@@ -333,12 +346,12 @@ def _finite_mean(k_MD: Tensor) -> Tensor:
     return (total / finite.sum().clamp(min=1)).float()
 
 
-def _round_per_tile_(x_ND: Tensor, tile_of_row_N: Tensor) -> None:
+def _round_per_group_(x_ND: Tensor, group_of_row_N: Tensor) -> None:
     if len(x_ND) > 0:
         amax_N = x_ND.abs().nan_to_num_(nan=0.0).amax(dim=1)
-        amax_T = amax_N.new_zeros(int(tile_of_row_N[-1]) + 1)
-        amax_T.scatter_reduce_(0, tile_of_row_N, amax_N, "amax")
-        _round_scaled_(x_ND, quantisation_scale(amax_T)[tile_of_row_N, None])
+        amax_G = amax_N.new_zeros(int(group_of_row_N.max()) + 1)
+        amax_G.scatter_reduce_(0, group_of_row_N, amax_N, "amax")
+        _round_scaled_(x_ND, quantisation_scale(amax_G)[group_of_row_N, None])
 
 
 def _round_per_channel_(v_MD: Tensor) -> None:

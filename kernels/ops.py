@@ -1,16 +1,24 @@
 """The custom ops: `fpsc::attention` and its backward, for eager, autograd, autocast and compile.
 
-    fpsc::attention(q, k, v, rows, cells, modes, list_ptr, list_idx, gather, valid, key_mask,
-                    scale, site) -> (out, lse)
+    fpsc::attention(q, k, v, rows, cells, modes, list_ptr, list_idx, back_ptr, back_idx, order,
+                    groups, gather, valid, key_mask, scale, site, kinds, implementation)
+        -> (out, lse, shift, q8, k8, v8, q_scale, k_scale, v_scale)
 
 The mathematics is in `fpsc.kernels.reference`. All tables are int32 tensors, data and never
 structure: changing a number in one recompiles nothing.
 
     rows       [B] or [1]              noise row of each batch element, or of all
     cells      [sites, noise rows, H]  mode of each head; `site` picks the first index
-    modes      [modes, 2]              (pattern, dtype); dtype 0: computed in q's dtype, 1: fp8
+    modes      [modes, 3]              (pattern, dtype, grouping); dtype 0: computed in q's dtype,
+                                       1: fp8
     list_ptr   [patterns, tiles + 1]   offsets into list_idx
     list_idx   [nnz]                   key tiles that a query tile visits, sorted
+    back_ptr   [patterns, tiles + 1]   the transpose, for dk and dv: offsets into back_idx
+    back_idx   [nnz]                   query tiles that visit a key tile, sorted
+    order      [patterns, tiles]       the tiles of a pattern in the order in which a GPU takes them
+                                       up: those with long lists first
+    groups     [groupings, tiles]      group (0..tiles - 1) of each tile; in fp8 cells the tiles of
+                                       a group share one scale of q and one of k
     gather     [tiles, block]          sequence position of each row of a tile; real rows first
     valid      [tiles]                 real rows of each tile
     key_mask   bool [B, N] or None     True: this key takes part
@@ -18,23 +26,50 @@ structure: changing a number in one recompiles nothing.
 Head h of batch element b has mode m = cells[site, rows[b], h] and pattern p = modes[m, 0]; its
 query tile u visits the key tiles list_idx[list_ptr[p, u] : list_ptr[p, u + 1]].
 
+Two arguments are structure:
+
+    kinds      what cells may be, a sum: 1 of dtype 0, 2 fp8, 4 fp8 with a grouping other than 0
+               (`fpsc.kernels.kinds`). Kernels for what is left out are not launched.
+    implementation
+               "auto" or the name of one, which then serves the call or is an error. `kernel` in
+               all other places: Inductor passes an op's defaults by name, and has its own `kernel`
+
+The outputs behind lse are what backward needs of fp8 cells: `fpsc.kernels.saved`. They have no
+elements where the implementation or `kinds` has no use for them.
+
 Under autocast the op casts q, k and v as F.scaled_dot_product_attention does.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpsc.kernels import cpu
-from fpsc.kernels.checks import check_rows, check_shapes, check_values
+from fpsc.kernels.checks import check_lengths, check_rows, check_shapes, check_values
+from fpsc.kernels.kinds import ALL_CELLS, FP8_CELLS, INPUT_CELLS
+from fpsc.kernels.saved import Saved, empty_saved, new_saved
 from fpsc.kernels.select import select
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu}
-"""By the name of a `Choice`: modules with `forward` and `backward`."""
+IMPLEMENTATIONS = {
+    "cpu": "fpsc.kernels.cpu",
+    "triton": "fpsc.kernels.triton.attention",
+    "reference": "fpsc.kernels.reference",
+}
+"""By the name of a `Choice`: modules with `forward` and `backward`, imported when they are chosen.
+
+    forward(q, k, v, modes_BH3, list_ptr, list_idx, order, groups, gather, valid, key_mask, scale,
+            kinds) -> (out, lse, saved)
+    backward(dout, q, k, v, out, lse, saved, modes_BH3, list_ptr, list_idx, back_ptr, back_idx,
+             order, groups, gather, valid, key_mask, scale, kinds) -> (dq, dk, dv)
+
+saved is a `Saved`, or None where backward needs none of it.
+"""
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def attention(
@@ -47,32 +82,40 @@ def attention(
     modes: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
+    back_ptr: Tensor,
+    back_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
     gather: Tensor,
     valid: Tensor,
     key_mask: Tensor | None = None,
     scale: float | None = None,
     site: int = 0,
+    kinds: int = ALL_CELLS,
+    kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of q over the key tiles that the tables name, by keyword.
 
     q [B, H, N, D], k and v [B, G, N, D] with G dividing H; float32, bfloat16 or float16; D 16..256;
-    any strides. Tables: see the module. scale: D ** -0.5 where None.
+    any strides. Tables, kinds and kernel: see the module. scale: D ** -0.5 where None.
 
     Returns out [B, H, N, D] in q's dtype, whose memory is [B, N, H, D]-contiguous, and lse [B, H,
     N] float32: log of the sum of exp(scale q.k) over the keys seen. A query that sees none gets 0
     and -inf. out is differentiable in q, k and v; lse is not.
 
-    Raises: ValueError, naming the argument, what was expected and what was found.
+    Raises: ValueError, naming the argument, what was expected and what was found. What the numbers
+    in the tables alone can tell is checked on the CPU only: nothing is read from another device.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return torch.ops.fpsc.attention(
-        q, k, v, rows, cells, modes, list_ptr, list_idx, gather, valid, key_mask, scale, site
-    )
+        q, k, v, rows, cells, modes, list_ptr, list_idx, back_ptr, back_idx, order, groups, gather,
+        valid, key_mask, scale, site, kinds, kernel,
+    )[:2]  # fmt: skip
 
 
 def resolve_modes(batch: int, rows: Tensor, cells: Tensor, modes: Tensor, site: int) -> Tensor:
-    """(pattern, dtype) of each batch element and head, int32 [B, H, 2]."""
+    """(pattern, dtype, grouping) of each batch element and head, int32 [B, H, 3]."""
     mode_BH = cells[site].index_select(0, rows).expand(batch, -1)
     return modes.index_select(0, mode_BH.flatten()).unflatten(0, mode_BH.shape)
 
@@ -87,20 +130,30 @@ def _attention(
     modes: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
+    back_ptr: Tensor,
+    back_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
     gather: Tensor,
     valid: Tensor,
     key_mask: Tensor | None,
     scale: float,
     site: int,
-) -> tuple[Tensor, Tensor]:
-    check_shapes(q, k, v, rows, cells, modes, list_ptr, list_idx, gather, valid, key_mask, site)
-    check_rows(q.shape[0], rows, cells, modes)
-    modes_BH2 = resolve_modes(q.shape[0], rows, cells, modes, site)
-    check_values(q.shape[2], modes_BH2, list_ptr, list_idx, gather, valid)
+    kinds: int = ALL_CELLS,
+    implementation: str = "auto",
+) -> Outputs:
+    lists = (list_ptr, list_idx, back_ptr, back_idx, order, groups, gather, valid)
+    check_shapes(q, k, v, rows, cells, modes, *lists, key_mask, site, kinds, implementation)
+    check_lengths(q.shape[0], rows, *lists)
+    check_rows(rows, cells, modes)
+    modes_BH3 = resolve_modes(q.shape[0], rows, cells, modes, site)
+    check_values(q.shape[2], modes_BH3, *lists, kinds)
     with torch.autocast(q.device.type, enabled=False):
-        return _implementation(q).forward(
-            q, k, v, modes_BH2, list_ptr, list_idx, gather, valid, key_mask, scale
-        )
+        out, lse, saved = _implementation(q, kinds, implementation).forward(
+            q, k, v, modes_BH3, list_ptr, list_idx, order, groups, gather, valid, key_mask, scale,
+            kinds,
+        )  # fmt: skip
+    return out, lse, *(empty_saved(q.device) if saved is None else saved)
 
 
 @_attention.register_fake
@@ -113,81 +166,126 @@ def _attention_fake(
     modes: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
+    back_ptr: Tensor,
+    back_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
     gather: Tensor,
     valid: Tensor,
     key_mask: Tensor | None,
     scale: float,
     site: int,
-) -> tuple[Tensor, Tensor]:
-    check_shapes(q, k, v, rows, cells, modes, list_ptr, list_idx, gather, valid, key_mask, site)
+    kinds: int = ALL_CELLS,
+    implementation: str = "auto",
+) -> Outputs:
+    lists = (list_ptr, list_idx, back_ptr, back_idx, order, groups, gather, valid)
+    check_shapes(q, k, v, rows, cells, modes, *lists, key_mask, site, kinds, implementation)
     B, H, N, D = q.shape
-    return q.new_empty(B, N, H, D).transpose(1, 2), q.new_empty(B, H, N, dtype=torch.float32)
+    out = q.new_empty(B, N, H, D).transpose(1, 2)
+    lse = q.new_empty(B, H, N, dtype=torch.float32)
+    saves = _chosen(q, kinds, implementation) == "triton" and kinds & FP8_CELLS
+    return out, lse, *(new_saved(q, k, *gather.shape) if saves else empty_saved(q.device))
 
 
 @torch.library.custom_op("fpsc::attention_backward", mutates_args=())
 def _attention_backward(
     dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    modes_BH2: Tensor,
+    shift: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    modes_BH3: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
+    back_ptr: Tensor,
+    back_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
     gather: Tensor,
     valid: Tensor,
     key_mask: Tensor | None,
     scale: float,
+    kinds: int,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_values(q.shape[2], modes_BH2, list_ptr, list_idx, gather, valid)
-    with torch.autocast(q.device.type, enabled=False):
-        return _implementation(q).backward(
-            dout, q, k, v, out, lse, modes_BH2, list_ptr, list_idx, gather, valid, key_mask, scale
+    lists = (list_ptr, list_idx, back_ptr, back_idx, order, groups, gather, valid)
+    check_values(out.shape[2], modes_BH3, *lists, kinds)
+    saved = Saved(shift, q8, k8, v8, q_scale, k_scale, v_scale) if shift.numel() else None
+    with torch.autocast(out.device.type, enabled=False):
+        return _implementation(out, kinds, implementation).backward(
+            dout, q, k, v, out, lse, saved, modes_BH3, *lists, key_mask, scale, kinds
         )
-
-
-def _implementation(q: Tensor) -> ModuleType:
-    choice = select(q.device, q.dtype, q.shape[-1], fp8=True)
-    assert choice.name is not None, choice.reason  # check_shapes asked before
-    return IMPLEMENTATIONS[choice.name]
 
 
 @_attention_backward.register_fake
 def _attention_backward_fake(
     dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    modes_BH2: Tensor,
+    shift: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    modes_BH3: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
+    back_ptr: Tensor,
+    back_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
     gather: Tensor,
     valid: Tensor,
     key_mask: Tensor | None,
     scale: float,
+    kinds: int,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    B, _, N, D = out.shape
+    G = (k8 if k is None else k).shape[1]
+    return out.new_empty(out.shape), out.new_empty(B, G, N, D), out.new_empty(B, G, N, D)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, rows, cells, modes, list_ptr, list_idx, gather, valid, key_mask, scale, site = inputs
-    out, lse = output
+def _chosen(q: Tensor, kinds: int, kernel: str) -> str:
+    choice = select(q.device, q.dtype, q.shape[-1], fp8=bool(kinds & FP8_CELLS), kernel=kernel)
+    assert choice.name is not None, choice.reason  # check_shapes asked before
+    return choice.name
+
+
+def _implementation(q: Tensor, kinds: int, kernel: str) -> ModuleType:
+    return import_module(IMPLEMENTATIONS[_chosen(q, kinds, kernel)])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    q, k, v, rows, cells, modes, *lists, key_mask, scale, site, kinds, kernel = inputs
     # The tables may be edited before backward runs; what they said of this call may not change.
-    modes_BH2 = resolve_modes(q.shape[0], rows, cells, modes, site)
-    ctx.save_for_backward(q, k, v, out, lse, modes_BH2, list_ptr, list_idx, gather, valid, key_mask)
-    ctx.scale = scale
-    ctx.mark_non_differentiable(lse)
+    modes_BH3 = resolve_modes(q.shape[0], rows, cells, modes, site)
+    if not kinds & INPUT_CELLS and _chosen(q, kinds, kernel) == "triton":
+        q = k = v = None  # backward uses the FP8 tensors alone
+    ctx.save_for_backward(q, k, v, *output, modes_BH3, *lists, key_mask)
+    ctx.others = scale, kinds, kernel
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    tables = (None,) * 10
+def _backward(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    tables = (None,) * 16
     if dout is None:
         return None, None, None, *tables
-    grads = torch.ops.fpsc.attention_backward(dout, *ctx.saved_tensors, ctx.scale)
+    grads = torch.ops.fpsc.attention_backward(dout, *ctx.saved_tensors, *ctx.others)
     return *grads, *tables
 
 
@@ -197,10 +295,10 @@ _attention.register_autograd(_backward, setup_context=_save)
 def _register_autocast(device_type: str, key: str) -> None:
     """Casts q, k and v to autocast's dtype. `register_autocast` would fix that dtype here."""
 
-    def cast(q: Tensor, k: Tensor, v: Tensor, *tables: Any) -> tuple[Tensor, Tensor]:
+    def cast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Outputs:
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.fpsc.attention(q.to(dtype), k.to(dtype), v.to(dtype), *tables)
+            return torch.ops.fpsc.attention(q.to(dtype), k.to(dtype), v.to(dtype), *others)
 
     _library.impl("attention", cast, key)
 

@@ -15,16 +15,16 @@ Input-dtype cell (dtype 0)
 
 fp8 cell (dtype 1)
     mu   = mean over j of k_j           rows that are finite and not masked, whole sequence [1]
-    a_u  = max |q_i| / 448              over the rows of query tile u                       [2]
-    b_w  = max |k_j - mu| / 448         over the unmasked rows of key tile w                [2]
+    a_u  = max |q_i| / 448              over the rows of all tiles in the group of u        [2]
+    b_w  = max |k_j - mu| / 448         over the unmasked rows of all tiles in that of w    [2]
     c_d  = max |v_jd| / 448             over the unmasked rows of the sequence, per channel [2]
     q8 = e4m3(q_i / a_u),  k8 = e4m3((k_j - mu) / b_w),  v8 = e4m3(v_jd / c_d)
     t_ij = scale * a_u b_w (q8_i . k8_j)                                  in float32
-    m_i  = max_j t_ij
-    p_ij = exp2((t_ij - m_i) log2(e) + 8)  at most 256, so that e4m3 (max 448) never saturates [3]
+    m_i  = ceil(max_j t_ij log2(e)) - 8    a whole number                                    [3]
+    p_ij = exp2(t_ij log2(e) - m_i)        at most 256, so that e4m3 (max 448) never saturates
     l_i  = sum_j p_ij                      of the unrounded p                                  [4]
     o_id = c_d (sum_j e4m3(p_ij) v8_jd) / l_i                             rounded to q's dtype
-    lse_i = m_i + log(l_i) - 8 log(2) + scale q_i . mu             of the true scores          [5]
+    lse_i = log(2) (m_i + log2(l_i)) + scale q_i . mu              of the true scores          [5]
 
 A query that sees no key gives o = 0 and lse = -inf.
 
@@ -40,10 +40,12 @@ are constants) [6]. With Q, K, V the dequantised operands above (K less its mean
 Sources
 [1] Smoothing K: SageAttention (arXiv 2410.02367), section 4.2. q_i . mu is the same for all keys of
     a row, and softmax does not see it.
-[2] FPSAttention (arXiv 2506.04648): one scale per 3D tile for Q and K, one per channel for V.
-    e4m3 here is e4m3fn, round to nearest even; 448 is its largest value.
-[3] The power of two costs nothing on a device: it is the constant of the exponent's fused
-    multiply-add. It spends the range above 1 that P alone would leave empty.
+[2] FPSAttention (arXiv 2506.04648): one scale per 3D tile, or per group of them, for Q and K, one
+    per channel for V. e4m3 here is e4m3fn, round to nearest even; 448 is its largest value.
+[3] The 8 spends the range above 1 that P alone would leave empty, and costs nothing. Whole, because
+    e4m3 rounds a number and its multiples by powers of two alike: a kernel that sees one key tile
+    after the other, with the largest score so far, then rounds P as one that sees all at once, and
+    in whatever order the tiles come.
 [4] As FlashAttention-3 (arXiv 2407.08608) does: the sum comes from the registers before they are
     packed to e4m3, so it costs no conversion back, l is the denominator of the scores themselves,
     and the P that backward recomputes from the lse adds up to one. The rounding of P is unbiased,
@@ -54,10 +56,15 @@ Sources
     K, because P from others would not add up to one under this lse. K less its mean, because the
     rows of dS add up to zero but for the rounding of P and O, and a mean would amplify the rest.
 
+Groups: the grouping of a mode names for each tile the group of tiles that share its scales. Where
+query heads of different groupings read one key head, K has that of the lowest number among their
+fp8 cells.
+
 Shapes: q_BHND, k_BGND, v_BGND with G dividing H (query head h reads key head h // (H / G)).
-modes_BH2 int32: (pattern, dtype) of each batch element and head. list_ptr int32 [PATTERNS,
-TILES + 1], list_idx int32 [NNZ], gather int32 [TILES, BLOCK] (-1 is padding), valid int32 [TILES]:
-see `fpsc.kernels.ops`. key_mask_BN bool: True takes part.
+modes_BH3 int32: (pattern, dtype, grouping) of each batch element and head. list_ptr int32
+[PATTERNS, TILES + 1], list_idx int32 [NNZ], groups int32 [GROUPINGS, TILES], gather int32 [TILES,
+BLOCK] (-1 is padding), valid int32 [TILES]: see `fpsc.kernels.ops`. key_mask_BN bool: True takes
+part. The transposed lists, `order` and `kinds` speed up kernels and change no number: unused here.
 """
 
 from __future__ import annotations
@@ -74,6 +81,19 @@ P_OFFSET = 8.0  # log2 of the factor that P carries when it is rounded to e4m3
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: below it a tile is all zero
 
 
+class Cell(NamedTuple):
+    """One head of one batch element, and what it reads."""
+
+    b: int
+    h: int
+    g: int
+    pattern: int
+    fp8: bool
+    q_groups: Tensor  # [TILES]
+    k_groups: Tensor  # [TILES]
+    taking_part: Tensor  # bool [N]
+
+
 class Operands(NamedTuple):
     """What the products of one head see, float32, dequantised, raster order."""
 
@@ -87,40 +107,43 @@ def forward(
     q_BHND: Tensor,
     k_BGND: Tensor,
     v_BGND: Tensor,
-    modes_BH2: Tensor,
+    modes_BH3: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
     gather: Tensor,
     valid: Tensor,
     key_mask_BN: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Returns out [B, H, N, D] in q's dtype and lse [B, H, N] float32. See the module's text."""
+    kinds: int = 3,
+) -> tuple[Tensor, Tensor, None]:
+    """out [B, H, N, D] in q's dtype, [B, N, H, D]-contiguous, lse [B, H, N] float32, and nothing
+    for backward, which computes its operands again. See the module's text."""
     B, H, N, D = q_BHND.shape
-    out_BHND = torch.zeros(B, H, N, D, device=q_BHND.device)
+    out_BHND = torch.zeros(B, N, H, D, device=q_BHND.device).transpose(1, 2)
     lse_BHN = torch.full((B, H, N), -math.inf, device=q_BHND.device)
     tiles = tile_rows(gather, valid)
-    for b, h, g, pattern, fp8, taking_part in _cells(q_BHND, k_BGND, modes_BH2, key_mask_BN):
-        head = operands(
-            q_BHND[b, h], k_BGND[b, g], v_BGND[b, g], tiles, taking_part, scale, fp8=fp8
-        )
+    for cell in cells(q_BHND, k_BGND, modes_BH3, groups, key_mask_BN):
+        b, h, g = cell[:3]
+        head = operands(q_BHND[b, h], k_BGND[b, g], v_BGND[b, g], tiles, cell, scale)
         for u, rows in enumerate(tiles):
-            keys = visible_keys(u, tiles, list_ptr[pattern], list_idx, taking_part)
+            keys = visible_keys(u, tiles, list_ptr[cell.pattern], list_idx, cell.taking_part)
             if len(keys) == 0:
                 continue
             s = scale * head.q_ND[rows] @ head.k_ND[keys].T
-            m = s.amax(dim=1, keepdim=True)
-            if fp8:
-                m = (m * math.log2(math.e)).ceil() * math.log(2)
-            offset = P_OFFSET if fp8 else 0.0
-            p = torch.exp2((s - m) * math.log2(math.e) + offset)
+            s2 = s * math.log2(math.e)
+            m = s2.amax(dim=1, keepdim=True)
+            if cell.fp8:
+                m = m.ceil() - P_OFFSET
+            p = torch.exp2(s2 - m)
             total = p.sum(dim=1, keepdim=True)
-            if fp8:
+            if cell.fp8:
                 p = to_e4m3(p)
             out_BHND[b, h, rows] = (p @ head.v_ND[keys]) / total
-            lse = (m + total.log() - offset * math.log(2)).squeeze(1)
+            lse = ((m + total.log2()) * math.log(2)).squeeze(1)
             lse_BHN[b, h, rows] = lse + head.shift_N[rows]
-    return out_BHND.to(q_BHND.dtype), lse_BHN
+    return out_BHND.to(q_BHND.dtype), lse_BHN, None
 
 
 def backward(
@@ -130,28 +153,33 @@ def backward(
     v_BGND: Tensor,
     out_BHND: Tensor,
     lse_BHN: Tensor,
-    modes_BH2: Tensor,
+    saved: None,
+    modes_BH3: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
+    back_ptr: Tensor,
+    back_idx: Tensor,
+    order: Tensor,
+    groups: Tensor,
     gather: Tensor,
     valid: Tensor,
     key_mask_BN: Tensor | None,
     scale: float,
+    kinds: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq, dk, dv in the shapes and dtypes of q, k, v. See the module's text."""
     dq_BHND = torch.zeros(q_BHND.shape, device=q_BHND.device)
     dk_BGND = torch.zeros(k_BGND.shape, device=q_BHND.device)
     dv_BGND = torch.zeros(v_BGND.shape, device=q_BHND.device)
     tiles = tile_rows(gather, valid)
-    for b, h, g, pattern, fp8, taking_part in _cells(q_BHND, k_BGND, modes_BH2, key_mask_BN):
-        head = operands(
-            q_BHND[b, h], k_BGND[b, g], v_BGND[b, g], tiles, taking_part, scale, fp8=fp8
-        )
+    for cell in cells(q_BHND, k_BGND, modes_BH3, groups, key_mask_BN):
+        b, h, g = cell[:3]
+        head = operands(q_BHND[b, h], k_BGND[b, g], v_BGND[b, g], tiles, cell, scale)
         do_ND = dout_BHND[b, h].float()
         delta_N = (do_ND * out_BHND[b, h].float()).sum(dim=1)
         lse_N = lse_BHN[b, h] - head.shift_N
         for u, rows in enumerate(tiles):
-            keys = visible_keys(u, tiles, list_ptr[pattern], list_idx, taking_part)
+            keys = visible_keys(u, tiles, list_ptr[cell.pattern], list_idx, cell.taking_part)
             if len(keys) == 0:
                 continue
             q, k, v, do = head.q_ND[rows], head.k_ND[keys], head.v_ND[keys], do_ND[rows]
@@ -165,28 +193,18 @@ def backward(
 
 
 def operands(
-    q_ND: Tensor,
-    k_ND: Tensor,
-    v_ND: Tensor,
-    tiles: list[Tensor],
-    taking_part_N: Tensor,
-    scale: float,
-    *,
-    fp8: bool,
+    q_ND: Tensor, k_ND: Tensor, v_ND: Tensor, tiles: list[Tensor], cell: Cell, scale: float
 ) -> Operands:
-    """The operands of one head as its products see them: as they are, or rounded to e4m3.
-
-    taking_part_N bool [N]: the keys that the mask leaves in.
-    """
+    """The operands of one head as its products see them: as they are, or rounded to e4m3."""
     q, k, v = (infinite_to_nan(x.float()) for x in (q_ND, k_ND, v_ND))
-    if not fp8:
+    if not cell.fp8:
         return Operands(q, k, v, torch.zeros(len(q), device=q.device))
-    every_query = torch.ones_like(taking_part_N)
-    mu = k_mean(k, taking_part_N)
+    taking_part = cell.taking_part
+    mu = k_mean(k, taking_part)
     return Operands(
-        q_ND=_round_per_tile(q, tiles, every_query),
-        k_ND=_round_per_tile(k - mu, tiles, taking_part_N),
-        v_ND=_round_per_channel(v, taking_part_N),
+        q_ND=_round_per_group(q, tiles, cell.q_groups, torch.ones_like(taking_part)),
+        k_ND=_round_per_group(k - mu, tiles, cell.k_groups, taking_part),
+        v_ND=_round_per_channel(v, taking_part),
         shift_N=scale * q @ mu,
     )
 
@@ -230,9 +248,25 @@ def visible_keys(
     return keys[taking_part_N[keys]]
 
 
-def _round_per_tile(x_ND: Tensor, tiles: list[Tensor], taking_part_N: Tensor) -> Tensor:
+def key_groupings(modes_BH3: Tensor, key_heads: int) -> Tensor:
+    """Grouping of each key head, int32 [B, G]: the lowest among the fp8 cells that read it.
+
+    0 where there is no such cell.
+    """
+    dtype, grouping = modes_BH3[..., 1], modes_BH3[..., 2]
+    none = torch.iinfo(torch.int32).max
+    candidates = torch.where(dtype == 1, grouping, none).unflatten(1, (key_heads, -1))
+    lowest = candidates.amin(dim=2)
+    return torch.where(lowest == none, 0, lowest)
+
+
+def _round_per_group(
+    x_ND: Tensor, tiles: list[Tensor], groups: Tensor, taking_part_N: Tensor
+) -> Tensor:
+    """groups [TILES]: tiles of one number share a scale."""
     rounded = torch.empty_like(x_ND)
-    for rows in tiles:
+    for group in groups.unique():
+        rows = torch.cat([tile for tile, of in zip(tiles, groups, strict=True) if of == group])
         s = quantisation_scale(_finite_max(x_ND[rows[taking_part_N[rows]]].flatten()))
         rounded[rows] = to_e4m3(x_ND[rows] / s) * s
     return rounded
@@ -249,17 +283,29 @@ def _finite_max(x: Tensor) -> Tensor:
     return torch.cat([zero, torch.where(x.isfinite(), x.abs(), 0.0)]).amax(dim=0)
 
 
-Cell = tuple[int, int, int, int, bool, Tensor]
-
-
-def _cells(
-    q_BHND: Tensor, k_BGND: Tensor, modes_BH2: Tensor, key_mask_BN: Tensor | None
+def cells(
+    q_BHND: Tensor,
+    k_BGND: Tensor,
+    modes_BH3: Tensor,
+    groups: Tensor,
+    key_mask_BN: Tensor | None,
 ) -> Iterator[Cell]:
-    """(b, h, g, pattern, fp8, taking part [N]) of every batch element and head."""
+    """Every head of every batch element."""
     B, H, N, _ = q_BHND.shape
+    G = k_BGND.shape[1]
     everything = torch.ones(N, dtype=torch.bool, device=q_BHND.device)
+    groupings_BG = key_groupings(modes_BH3, G).tolist()
     for b in range(B):
-        taking_part = everything if key_mask_BN is None else key_mask_BN[b]
         for h in range(H):
-            pattern, dtype = modes_BH2[b, h].tolist()
-            yield b, h, h // (H // k_BGND.shape[1]), pattern, dtype == 1, taking_part
+            pattern, dtype, grouping = modes_BH3[b, h].tolist()
+            g = h // (H // G)
+            yield Cell(
+                b=b,
+                h=h,
+                g=g,
+                pattern=pattern,
+                fp8=dtype == 1,
+                q_groups=groups[grouping],
+                k_groups=groups[groupings_BG[b][g]],
+                taking_part=everything if key_mask_BN is None else key_mask_BN[b],
+            )

@@ -50,6 +50,11 @@ class Analysis:
     def targets(self) -> list[Target]:
         return [d for d in self.decisions if isinstance(d, Target)]
 
+    @property
+    def queries(self) -> list[torch.Tensor]:
+        """Example of the queries of every target."""
+        return [query_of(target) for target in self.targets]
+
 
 def analyse(
     module: fx.GraphModule,
@@ -91,9 +96,14 @@ def _one_head_count(decisions: list[Target | str]) -> None:
 
 
 def _heads(target: Target) -> int:
+    return int(query_of(target).shape[1])
+
+
+def query_of(target: Target) -> torch.Tensor:
+    """Example of a target's queries."""
     query = example(target.candidate.call.query)
     assert isinstance(query, torch.Tensor)
-    return int(query.shape[1])
+    return query
 
 
 def _decide(
@@ -118,13 +128,23 @@ def _decide(
     return Target(candidate, found, layer_weight(program, call.query))
 
 
-def apply(analysis: Analysis, convention: str | None) -> Rewritten:
+def apply(
+    analysis: Analysis, convention: str | None, *, kinds: int = 3, kernel: str = "auto"
+) -> Rewritten:
     """Rewrite a graph as analysed.
 
     Args:
         convention: how the timestep becomes a noise level; None when it is not known.
+        kinds, kernel: of the op (`fpsc.kernels.ops`).
     """
-    return rewrite(analysis.program, analysis.targets, analysis.timestep, convention)
+    return rewrite(
+        analysis.program,
+        analysis.targets,
+        analysis.timestep,
+        convention,
+        kinds=kinds,
+        kernel=kernel,
+    )
 
 
 def path_of(candidate: Candidate) -> str:

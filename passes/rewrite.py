@@ -22,7 +22,10 @@ from fpsc.passes.match import Candidate
 from fpsc.passes.thread import Weight
 
 TABLE = ("cells", "modes")
-PLAN = ("list_ptr", "list_idx", "gather", "valid")
+PLAN = (
+    "list_ptr", "list_idx", "back_ptr", "back_idx", "order", "groups", "gather", "valid",
+)  # fmt: skip
+"""Inputs of the op that a span of video decides, in its order."""
 PREFIX = "fpsc_"
 
 
@@ -41,7 +44,7 @@ class Rewritten:
 
     Attributes:
         inputs: names of the inputs that were appended, in order: `edges` or `rows`; `cells`,
-            `modes`; and for every span i `list_ptr.i`, `list_idx.i`, `gather.i`, `valid.i`.
+            `modes`; and for every span i the names of `PLAN`, as `list_ptr.i`.
         spans: the different (grid, prefix, suffix) of the sites.
         targets: the sites, in the order of the first axis of `cells`.
         returns_rows: whether the graph returns its noise rows after its own outputs.
@@ -55,7 +58,13 @@ class Rewritten:
 
 
 def rewrite(
-    program: Program, targets: list[Target], timestep: fx.Node | None, convention: str | None
+    program: Program,
+    targets: list[Target],
+    timestep: fx.Node | None,
+    convention: str | None,
+    *,
+    kinds: int = 3,
+    kernel: str = "auto",
 ) -> Rewritten:
     """Replace every target by `fpsc::attention`.
 
@@ -63,6 +72,7 @@ def rewrite(
         timestep: the input that holds the timestep, or None to take the rows from the caller.
         convention: how a timestep becomes a noise level (`fpsc.kernels.rows`); needed with
             `timestep`.
+        kinds, kernel: of the op; constants of the graph.
     """
     spans: list[Found] = []
     for target in targets:
@@ -71,15 +81,22 @@ def rewrite(
     threaded = timestep is not None and convention is not None
     inputs = ["edges" if threaded else "rows", *TABLE]
     inputs += [f"{name}.{i}" for i in range(len(spans)) for name in PLAN]
-    writer = _Writer(program, targets, spans)
+    writer = _Writer(program, targets, spans, (kinds, kernel))
     module = writer.copy(program.root, inputs, timestep if threaded else None, convention)
     return Rewritten(module, inputs, spans, targets, returns_rows=threaded)
 
 
 class _Writer:
-    def __init__(self, program: Program, targets: list[Target], spans: list[Found]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        targets: list[Target],
+        spans: list[Found],
+        structure: tuple[int, str],
+    ) -> None:
         self.program = program
         self.spans = spans
+        self.structure = structure
         self.targets = {t.candidate.call.node: (i, t) for i, t in enumerate(targets)}
 
     def copy(
@@ -159,6 +176,7 @@ class _Writer:
                     mask,
                     scale,
                     site,
+                    *self.structure,
                 ),
             )
             out = graph.call_function(operator.getitem, (both, 0))

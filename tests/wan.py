@@ -14,6 +14,7 @@ from fpsc.grid import layout
 from fpsc.kernels import reference
 from fpsc.kernels.ops import resolve_modes
 from fpsc.kernels.rows import noise_rows
+from fpsc.passes.rewrite import PLAN
 from fpsc.policy import Policy
 from fpsc.policy.resolve import plan, resolve
 
@@ -74,7 +75,9 @@ def small_inputs(
 class _Reference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Any, ...]) -> Tensor:
-        out, lse = reference.forward(q, k, v, *tables)
+        modes, plan, scale = tables
+        lists = (plan.list_ptr, plan.list_idx, plan.order, plan.groups, plan.gather, plan.valid)
+        out, lse, _ = reference.forward(q, k, v, modes, *lists, None, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tables = tables
         return out
@@ -82,7 +85,10 @@ class _Reference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *reference.backward(dout, q, k, v, out, lse, *ctx.tables), None
+        modes, plan, scale = ctx.tables
+        lists = [getattr(plan, name) for name in PLAN]
+        given = (dout, q, k, v, out, lse, None)
+        return *reference.backward(*given, modes, *lists, None, scale), None
 
 
 class ReferenceAttention(TorchFunctionMode):
@@ -117,20 +123,7 @@ class ReferenceAttention(TorchFunctionMode):
         table, lists = self.table, self.plan
         modes = resolve_modes(q.shape[0], self.rows, table.cells, table.modes, self.layer)
         self.layer += 1
-        return _Reference.apply(
-            q,
-            k,
-            v,
-            (
-                modes,
-                lists.list_ptr,
-                lists.list_idx,
-                lists.gather,
-                lists.valid,
-                None,
-                q.shape[-1] ** -0.5,
-            ),
-        )
+        return _Reference.apply(q, k, v, (modes, lists, q.shape[-1] ** -0.5))
 
 
 def reference_forward(

@@ -18,10 +18,11 @@ import torch
 from ..grid import BLOCK, Layout, TileShape, TokenGrid, from_numpy, tile_grid
 from .load import Policy
 from .patterns import Pattern, fraction, lists, pattern_of
-from .schema import MODES, ROWS, edges
-from .values import NoiseRange, Span
+from .schema import MODES, ROWS, Mode, edges
+from .values import NoiseRange, QKScales, Span
 
 __all__ = [
+    "GROUPINGS",
     "MODES",
     "PATTERNS",
     "ROWS",
@@ -29,6 +30,7 @@ __all__ = [
     "Cell",
     "Plan",
     "Table",
+    "kinds_of",
     "plan",
     "resolve",
     "structure_key",
@@ -36,6 +38,9 @@ __all__ = [
 
 PATTERNS = MODES
 """Rows of a plan's list pointers: at most one pattern a mode."""
+
+GROUPINGS = MODES + 1
+"""Rows of a plan's groups: that of single tiles, and at most one other a mode."""
 
 TOLERANCE = 1e-6
 """How far above an edge a level still counts as on it: float32 and timesteps / 1000 are inexact."""
@@ -64,8 +69,8 @@ class Table:
             is the number of edges that it does not exceed (`fpsc.kernels.rows`); row 0 is the
             noisiest.
         cells: int32 [layers, ROWS, heads], an index into `modes`. Padding rows repeat the last.
-        modes: int32 [MODES, 2], columns pattern (the plan's numbering) and dtype (0: computed in
-            the input's dtype, 1: FP8). Padding is zero.
+        modes: int32 [MODES, 3], columns pattern (the plan's numbering), dtype (0: computed in the
+            input's dtype, 1: FP8) and grouping (the plan's numbering). Padding is zero.
         n_rows: rows that are real.
         noise_ranges: noise of every real row.
         densest: the real row with the highest mean keep; of equal ones that with least FP8, then
@@ -131,6 +136,12 @@ class Plan:
         list_ptr: int32 [PATTERNS, n_tiles + 1], offsets into `list_idx`: in pattern p query tile u
             sees list_idx[list_ptr[p, u]:list_ptr[p, u + 1]]. Padding repeats the last pattern.
         list_idx: int32 [nnz], key tiles, ascending in each list.
+        back_ptr, back_idx: their transpose, of the same shapes: the query tiles that see key tile
+            w are back_idx[back_ptr[p, w]:back_ptr[p, w + 1]], ascending.
+        order: int32 [PATTERNS, n_tiles], the tiles of a pattern, longer lists first. Lengths count
+            in powers of two, so that neighbours of about equal length stay neighbours.
+        groups: int32 [GROUPINGS, n_tiles], for each tile the first tile of the group that it shares
+            its scales with. Row 0: every tile its own; padding repeats the last grouping.
         keep: float32 [MODES], the fraction of the video key tiles that a video query tile sees,
             on average. Padding is zero.
     """
@@ -140,6 +151,10 @@ class Plan:
     valid: torch.Tensor
     list_ptr: torch.Tensor
     list_idx: torch.Tensor
+    back_ptr: torch.Tensor
+    back_idx: torch.Tensor
+    order: torch.Tensor
+    groups: torch.Tensor
     keep: torch.Tensor
 
 
@@ -148,6 +163,21 @@ def structure_key(tile: TileShape | Literal["auto"], dtypes: Sequence[int]) -> s
     shape = tile if isinstance(tile, str) else tuple(tile)
     text = f"fpsc 1; block {BLOCK}; tile {shape}; dtypes {sorted(dtypes)}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def kinds_of(policy: Policy, fp8: bool) -> int:
+    """What cells may be, as the op takes it (`fpsc.kernels.kinds`): a sum of 1 (computed in the
+    input's dtype), 2 (FP8) and 4 (FP8 with scales that tiles share).
+
+    fp8: as for `resolve`.
+    """
+    kinds = 0
+    for mode in policy.modes.values():
+        if not fp8 or mode.dtype != "fp8":
+            kinds |= 1
+        else:
+            kinds |= 2 if _grouping_of(mode) == "tile" else 2 | 4
+    return kinds
 
 
 def resolve(policy: Policy, *, layers: int, heads: int, fp8: bool) -> Table:
@@ -162,9 +192,11 @@ def resolve(policy: Policy, *, layers: int, heads: int, fp8: bool) -> Table:
     """
     names = list(policy.modes)
     patterns = _patterns(policy)
-    modes = np.zeros((MODES, 2), np.int32)
+    groupings = _groupings(policy)
+    modes = np.zeros((MODES, 3), np.int32)
     for i, mode in enumerate(policy.modes.values()):
-        modes[i] = patterns.index(pattern_of(mode)), DTYPES[mode.dtype] if fp8 else 0
+        pattern, grouping = patterns.index(pattern_of(mode)), groupings.index(_grouping_of(mode))
+        modes[i] = pattern, DTYPES[mode.dtype] if fp8 else 0, grouping
 
     levels = edges(policy.spec)
     bounds = [1.0, *levels, 0.0]
@@ -198,8 +230,8 @@ def resolve(policy: Policy, *, layers: int, heads: int, fp8: bool) -> Table:
 def plan(policy: Policy, layout: Layout) -> Plan:
     """The lists of a policy's patterns on the tiles of a sequence.
 
-    A mode's pattern has the number that `Table.modes` gives it. `limits.min_tokens` is the
-    caller's to apply: a plan of a short sequence is an ordinary plan.
+    A mode's pattern and grouping have the numbers that `Table.modes` gives them.
+    `limits.min_tokens` is the caller's to apply: a plan of a short sequence is an ordinary plan.
 
     Raises:
         ValueError: the sequence is so long that the lists overflow int32 offsets.
@@ -212,17 +244,72 @@ def plan(policy: Policy, layout: Layout) -> Plan:
     keep = np.zeros(MODES, np.float32)
     for i, mode in enumerate(policy.modes.values()):
         keep[i] = _keep(pairs[patterns.index(pattern_of(mode))][0], layout)
-    starts = np.cumsum([0, *lengths])
-    ptr = np.stack([p.numpy() + np.int32(s) for (p, _), s in zip(pairs, starts, strict=False)])
-    padding = np.repeat(ptr[-1:], PATTERNS - len(ptr), axis=0)
+    starts = np.cumsum([0, *lengths], dtype=np.int32)[:-1, None]
+    csr = [(ptr.numpy(), idx.numpy()) for ptr, idx in pairs]
+    back = [transposed(ptr, idx) for ptr, idx in csr]
+    ptr = np.stack([ptr for ptr, _ in csr])
+    groups = np.stack([groups_of(grouping, layout) for grouping in _groupings(policy)])
     return Plan(
         layout=layout,
         gather=layout.gather,
         valid=layout.valid,
-        list_ptr=from_numpy(np.concatenate([ptr, padding])),
-        list_idx=from_numpy(np.concatenate([idx.numpy() for _, idx in pairs])),
+        list_ptr=from_numpy(_padded(ptr + starts, PATTERNS)),
+        list_idx=from_numpy(np.concatenate([idx for _, idx in csr])),
+        back_ptr=from_numpy(_padded(np.stack([ptr for ptr, _ in back]) + starts, PATTERNS)),
+        back_idx=from_numpy(np.concatenate([idx for _, idx in back])),
+        order=from_numpy(_padded(longest_first(ptr), PATTERNS)),
+        groups=from_numpy(_padded(groups, GROUPINGS)),
         keep=from_numpy(keep),
     )
+
+
+def longest_first(ptr: np.ndarray) -> np.ndarray:
+    """The tiles of every pattern, long lists first: [patterns, tiles + 1] -> [patterns, tiles].
+
+    Sorted by the bit length of the lengths, so that neighbours within such a class stay neighbours,
+    whose keys are in the cache.
+    """
+    _, bits = np.frexp(np.diff(ptr, axis=-1))
+    return np.argsort(-bits, axis=-1, kind="stable").astype(np.int32)
+
+
+def transposed(ptr: np.ndarray, idx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lists of one pattern the other way round: for each key tile its query tiles, sorted."""
+    n = len(ptr) - 1
+    queries = np.repeat(np.arange(n, dtype=np.int32), np.diff(ptr))
+    # Sorting integers of 16 bits is a radix sort.
+    keys = idx.astype(np.uint16) if n <= 1 << 16 else idx
+    counts = np.bincount(idx, minlength=n)
+    back_ptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return back_ptr, queries[np.argsort(keys, kind="stable")]
+
+
+def groups_of(grouping: QKScales, layout: Layout) -> np.ndarray:
+    """int32 [n_tiles]: the first tile of every tile's group. Text tiles are groups of their own."""
+    groups = np.arange(layout.n_tiles, dtype=np.int32)
+    if grouping == "tile":
+        return groups
+    tiles = layout.tile_grid
+    box = tiles if grouping == "head" else grouping
+    t, y, x = (n - n % size for n, size in zip(np.indices(tiles), box, strict=True))
+    video = layout.video_tiles
+    groups[video.start : video.stop] = video.start + ((t * tiles.y + y) * tiles.x + x).ravel()
+    return groups
+
+
+def _padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """array with its last row repeated."""
+    return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])
+
+
+def _grouping_of(mode: Mode) -> QKScales:
+    """How the tiles of a mode share scales; equal groupings share their groups."""
+    return "tile" if mode.scales.qk == (1, 1, 1) else mode.scales.qk
+
+
+def _groupings(policy: Policy) -> list[QKScales]:
+    """The distinct groupings of a policy's modes in order, that of single tiles first."""
+    return list(dict.fromkeys(["tile", *map(_grouping_of, policy.modes.values())]))
 
 
 def _patterns(policy: Policy) -> list[Pattern]:

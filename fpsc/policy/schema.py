@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..grid import BLOCK
-from .values import Grid, Noise, Offsets, Spans, Tile, Weights, Window
+from .values import Grid, Noise, Offsets, QKScales, Spans, Tile, Weights, Window
 
 MODES = 32
 """Most modes of a policy: a capacity of the table, so that edits never change a shape."""
@@ -35,8 +35,10 @@ class Spec(BaseModel):
 class Scales(Spec):
     """How much one FP8 scale covers."""
 
-    qk: Literal["tile"] = Field(
-        default="tile", description="tile (one scale for each tile of Q and K)"
+    qk: QKScales = Field(
+        default="tile",
+        description="tile (one scale of Q and K for each tile), head (one for all tiles of the "
+        "video), or a box of tiles [t, y, x] that share one",
     )
     v: Literal["channel"] = Field(
         default="channel", description="channel (one scale for each channel)"

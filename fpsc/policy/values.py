@@ -94,6 +94,10 @@ def _tile(value: Any) -> TileShape | Literal["auto"]:
     return tile
 
 
+def _qk_scales(value: Any) -> tuple[int, int, int] | Literal["tile", "head"]:
+    return value if value in ("tile", "head") else _triple(value)
+
+
 def _offsets(value: Any) -> tuple[tuple[int, int, int], ...]:
     good = (
         isinstance(value, list)
@@ -140,6 +144,14 @@ _SPANS = WithJsonSchema(
 _TILE = WithJsonSchema(
     {"anyOf": [{"const": "auto"}, _TRIPLE | {"items": {"type": "integer", "minimum": 1}}]}
 )
+_QK_SCALES = WithJsonSchema(
+    {
+        "anyOf": [
+            {"enum": ["tile", "head"]},
+            _TRIPLE | {"items": {"type": "integer", "minimum": 1}},
+        ]
+    }
+)
 _OFFSETS = WithJsonSchema({"type": "array", "minItems": 1, "items": _OFFSET})
 _WEIGHTS = WithJsonSchema(
     _TRIPLE | {"items": {"type": "number", "minimum": MIN_WEIGHT, "maximum": MAX_WEIGHT}}
@@ -150,5 +162,8 @@ Spans = Annotated[tuple[Span, ...], _reader(_spans), _SPANS]
 Grid = Annotated[TokenGrid, _reader(_grid), _SIZES]
 Window = Annotated[tuple[int, int, int], _reader(_triple), _SIZES]
 Tile = Annotated[TileShape | Literal["auto"], _reader(_tile), _TILE]
+QKScales = Annotated[
+    tuple[int, int, int] | Literal["tile", "head"], _reader(_qk_scales), _QK_SCALES
+]
 Offsets = Annotated[tuple[tuple[int, int, int], ...], _reader(_offsets), _OFFSETS]
 Weights = Annotated[tuple[float, float, float], _reader(_weights), _WEIGHTS]

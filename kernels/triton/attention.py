@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fpsc.kernels.saved import FP8, GROUPED, INPUT_DTYPE, Saved, expands_keys, padded_head_dim
+from fpsc.kernels.kinds import FP8_CELLS, GROUPED_CELLS, INPUT_CELLS
+from fpsc.kernels.saved import Saved, new_saved, padded_head_dim
 from fpsc.kernels.triton import configs, schedule, tune
 from fpsc.kernels.triton import backward as backward_kernels
 from fpsc.kernels.triton import forward as forward_kernels
@@ -27,7 +28,7 @@ from fpsc.kernels.triton.prologue import (
     Tiles,
     copy_tiles,
     keys_of,
-    new_saved,
+    lists_of,
     quantise,
 )
 
@@ -57,19 +58,22 @@ def forward(
     B, H, N, D = q_BHND.shape
     out = q_BHND.new_empty(B, N, H, D).transpose(1, 2)
     lse = q_BHND.new_empty((B, H, N), dtype=torch.float32)
-    call = _call(q_BHND, k_BGND, v_BGND, modes_BH3, gather, valid, key_mask_BN, scale, kinds, before)
+    call = _call(q_BHND, k_BGND, v_BGND, modes_BH3, gather, valid, key_mask_BN, scale, before)
     keys = keys_of(gather, valid, key_mask_BN, B, N)
     G = call.k.shape[1]
     meta = q_BHND.new_empty((B, G, len(gather), 2), dtype=torch.float32)
     heads = _heads_by_kind(modes_BH3, list_ptr)
-    lists = (list_ptr, list_idx, order, gather, valid)
-    saved = new_saved(call) if kinds & FP8 else None
-    if kinds & INPUT_DTYPE:
+    seen = lists_of(list_ptr, list_idx, keys)
+    lists = (list_ptr, seen.idx, seen.visits, order, gather, valid)
+    saved = None
+    if kinds & INPUT_CELLS:
         tiles = copy_tiles(call, keys, meta)
         _attend(call, tiles, None, meta, heads[0], lists, out, lse)
-    if saved is not None:
+    if kinds & FP8_CELLS:
+        saved = new_saved(call.q, call.k, *gather.shape)
+        saved.shift.zero_()
         permuted = tune.permutes_v(q_BHND.device)
-        shared = groups if kinds & GROUPED else None
+        shared = groups if kinds & GROUPED_CELLS else None
         tiles = quantise(call, keys, shared, meta, saved, permuted=permuted)
         _attend(call, tiles, saved, meta, heads[1], lists, out, lse)
         saved.k_scale.copy_(meta[..., 0])
@@ -102,25 +106,22 @@ def backward(
     DP, (TILES, BLOCK) = padded_head_dim(D), gather.shape
     new = out_BHND.new_empty
     keys = keys_of(gather, valid, key_mask_BN, B, N)
-    call = None
-    if kinds & INPUT_DTYPE:
-        assert q_BHND is not None and k_BGND is not None and v_BGND is not None
-        call = _call(q_BHND, k_BGND, v_BGND, modes_BH3, gather, valid, key_mask_BN, scale, kinds)
-        G = call.k.shape[1]
-    else:
-        assert saved is not None
-        G = saved.k8.shape[1]
+    G = key_heads = (k_BGND if saved is None else saved.k8).shape[1]
+    if kinds & INPUT_CELLS and saved is not None:
+        G = H  # query heads of both kinds may share a key head, whose tiles then differ
     tiles = Tiles(*(new((B, heads, TILES, BLOCK, DP)) for heads in (H, G, G)))
     meta = new((B, G, TILES, 2), dtype=torch.float32)
-    if call is not None:
+    if kinds & INPUT_CELLS:
+        assert q_BHND is not None and k_BGND is not None and v_BGND is not None
+        k, v = (x.repeat_interleave(G // key_heads, dim=1) for x in (k_BGND, v_BGND))
+        call = _call(q_BHND, k, v, modes_BH3, gather, valid, key_mask_BN, scale)
         copy_tiles(call, keys, meta, into=tiles)
-    if saved is not None and kinds & FP8:
+    shift = q_scale = None
+    if saved is not None:
         _widen(saved, modes_BH3, tiles)
-        meta[..., 0] = saved.k_scale  # 1 in the cells that are not FP8
+        meta[..., 0] = saved.k_scale.repeat_interleave(G // key_heads, dim=1)
         meta[..., 1] = keys.count.unsqueeze(-2)
         shift, q_scale = saved.shift, saved.q_scale
-    else:
-        shift, q_scale = None, None
 
     dout, out = _last_contiguous(dout_BHND), _last_contiguous(out_BHND)
     dout_tiles = new((B, H, TILES, BLOCK, DP))
@@ -135,6 +136,7 @@ def backward(
     dq = new((B, H, N, D))
     make = new if key_mask_BN is None else out_BHND.new_zeros
     dk, dv = make((B, G, N, D)), make((B, G, N, D))
+    seen = lists_of(list_ptr, list_idx, keys)
     operands = (*tiles, dout_tiles, q_scale, meta.view(torch.int64), delta, lse2)
     sizes = (abs(scale), B, H, G, N, TILES)
     fixed = {"D": D, "DP": DP, "BLOCK": BLOCK}
@@ -142,7 +144,8 @@ def backward(
     def query_gradients(config: Config) -> None:
         launch(
             backward_kernels.query_gradients, (B * H * TILES * (BLOCK // config.BM),),
-            *operands, dq, modes_BH3, list_ptr, list_idx, order, gather, valid, *sizes,
+            *operands, dq, modes_BH3, list_ptr, seen.idx, seen.visits, order, gather, valid, *sizes,
+            len(list_ptr), seen.idx.shape[-1],
             **fixed, **config.arguments(),
         )  # fmt: skip
 
@@ -158,8 +161,8 @@ def backward(
         run(tune.choose(run.__name__, out.device, out.dtype, DP, run))
     if scale < 0:  # the kernels see it in Q
         dq.neg_()
-    if k_BGND is not None and k_BGND.shape[1] != G:
-        dk, dv = (x.unflatten(1, (k_BGND.shape[1], -1)).float().sum(2).to(x.dtype) for x in (dk, dv))
+    if G != key_heads:
+        dk, dv = (x.unflatten(1, (key_heads, -1)).float().sum(2).to(x.dtype) for x in (dk, dv))
     return dq, dk, dv
 
 
@@ -172,16 +175,9 @@ def _call(
     valid: Tensor,
     key_mask: Tensor | None,
     scale: float,
-    kinds: int,
     before: Before = NOTHING_BEFORE,
 ) -> Call:
-    """The inputs as kernels want them.
-
-    Where query heads that share a key head may want it packed differently, each gets its own.
-    """
-    if expands_keys(q.shape[1], k.shape[1], kinds):
-        share = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    """The inputs as the kernels want them."""
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     return Call(q, k, v, modes.contiguous(), gather, valid, key_mask, scale, before)
 
@@ -224,14 +220,12 @@ def _attend(
             forward_kernels.attend, (items,),
             *tiles, saved.q_scale if saved else None, meta.view(torch.int64),
             saved.v_scale if saved else None, saved.shift if saved else None, out, lse,
-            call.modes, heads, *lists, abs(call.scale), B, H, G, N, TILES,
-            **call.fixed, FP8=fp8, PERMUTED=fp8 and tune.permutes_v(device),
-            MASKED=call.key_mask is not None,
-            **config.arguments(), **config.schedule(),
+            call.modes, heads, *lists, abs(call.scale), B, H, G, N, TILES, len(lists[0]),
+            lists[1].shape[-1],
+            **call.fixed, FP8=fp8, PERMUTED=fp8 and tune.permutes_v(device), **config.arguments(), **config.schedule(),
         )  # fmt: skip
 
-    kind, masked = "fp8" if fp8 else "input", call.key_mask is not None
-    run(tune.choose(kind, device, dtype, DP, run, masked=masked))
+    run(tune.choose("fp8" if fp8 else "input", device, dtype, DP, run))
 
 
 def _widen(saved: Saved, modes_BH3: Tensor, into: Tiles) -> None:
@@ -241,7 +235,7 @@ def _widen(saved: Saved, modes_BH3: Tensor, into: Tiles) -> None:
     for operand, (x, y) in enumerate(zip((saved.q8, saved.k8, saved.v8), into, strict=True)):
         launch(
             backward_kernels.widen_tiles, (y.shape[1] * TILES, B),
-            x, y, saved.v_scale, modes_BH3, H, y.shape[1], TILES,
+            x, y, saved.v_scale, modes_BH3, H, saved.k8.shape[1], y.shape[1], TILES,
             DP=DP, BLOCK=BLOCK, OPERAND=operand, PERMUTED=permuted, num_warps=configs.pack_warps(DP),
         )  # fmt: skip
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fpsc.kernels.triton.forward import LOG2_E, load_meta
-from fpsc.kernels.triton.pack import E4M3_MAX, V, permuted, wanted
+from fpsc.kernels.triton.forward import LOG2_E, list_of, load_meta
+from fpsc.kernels.triton.pack import E4M3_MAX, Q, V, permuted, wanted
 
 
 @triton.jit
@@ -28,26 +28,29 @@ def load_scale(scale_ptr, tile, fp8):
 
 @triton.jit
 def widen_tiles(
-    x_ptr, y_ptr, v_scale_ptr, modes_ptr, H, HEADS, TILES,
+    x_ptr, y_ptr, v_scale_ptr, modes_ptr, H, G, HEADS, TILES,
     DP: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
     """e4m3 tiles of FP8 cells -> tiles of the gradient's dtype [B, HEADS, TILES, BLOCK, DP].
 
     Q and K exactly, without their scales; V with those of its channels, and no longer transposed.
+    x has H heads for Q, else G; where HEADS is more than G, query heads get copies of their own.
     """
     head, tile, b = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS, tl.program_id(1)
     if wanted(modes_ptr, b * H + head * (H // HEADS), H // HEADS, 1):
         row = b * HEADS + head
+        x_heads = H if OPERAND == Q else G
+        x_row = b * x_heads + head // (HEADS // x_heads)
         rows = tl.arange(0, BLOCK)
         d = tl.arange(0, DP)
         if OPERAND == V:
-            x_ptr += row.to(tl.int64) * DP * TILES * BLOCK + tile * BLOCK
+            x_ptr += x_row.to(tl.int64) * DP * TILES * BLOCK + tile * BLOCK
             at = d.to(tl.int64)[:, None] * (TILES * BLOCK) + rows[None, :]
             x = tl.load(x_ptr + at).to(tl.float32)
-            x = tl.trans(x * tl.load(v_scale_ptr + row * DP + d)[:, None])
+            x = tl.trans(x * tl.load(v_scale_ptr + x_row * DP + d)[:, None])
             to = permuted(rows) if PERMUTED else rows
         else:
-            x_ptr += (row.to(tl.int64) * TILES + tile) * BLOCK * DP
+            x_ptr += (x_row.to(tl.int64) * TILES + tile) * BLOCK * DP
             x = tl.load(x_ptr + rows[:, None] * DP + d[None, :]).to(tl.float32)
             to = rows
         y_ptr += (row.to(tl.int64) * TILES + tile) * BLOCK * DP
@@ -96,8 +99,8 @@ def gradient_tiles(
 @triton.jit
 def query_gradients(
     q_ptr, k_ptr, v_ptr, dout_ptr, q_scale_ptr, meta_ptr, delta_ptr, lse2_ptr, dq_ptr,
-    modes_ptr, list_ptr, list_idx, order_ptr, gather_ptr, valid_ptr,
-    scale, B, H, G, N, TILES,
+    modes_ptr, list_ptr, list_idx, visits_ptr, order_ptr, gather_ptr, valid_ptr,
+    scale, B, H, G, N, TILES, PATTERNS, ENTRIES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -129,14 +132,15 @@ def query_gradients(
     key_row = key_head * TILES * BLOCK
     columns = tl.arange(0, BN)
 
-    first = tl.load(list_ptr + pattern * (TILES + 1) + tile)
-    visits = tl.load(list_ptr + pattern * (TILES + 1) + tile + 1) - first
-    list_idx += first
+    list_idx, visits = list_of(
+        list_ptr, list_idx, visits_ptr, b, pattern, tile, TILES, PATTERNS, ENTRIES
+    )
     dq = tl.zeros([BM, DP], tl.float32)
     for j in tl.range(0, visits * KEY_PARTS, num_stages=STAGES):
         w = tl.load(list_idx + j // KEY_PARTS)
         row = w * BLOCK + (j % KEY_PARTS) * BN
         k_scale, keys = load_meta(meta_ptr, w)
+        k_scale = tl.where(fp8, k_scale, 1.0)
         k = k_desc.load([key_row + row, 0])
         s = tl.dot(q, k.T)
         p = tl.math.exp2(s * (q_scale * k_scale) - lse2[:, None])
@@ -187,7 +191,7 @@ def key_gradients(
     k = k_desc.load([slot, 0])
     v = v_desc.load([slot, 0])
     k_scale, _ = load_meta(meta_ptr, key_head * TILES + tile)
-    k_scale *= scale * LOG2_E
+    k_scale = tl.where(fp8, k_scale, 1.0) * (scale * LOG2_E)
     factor = tl.where(fp8, E4M3_MAX, 1.0)
 
     dk = tl.zeros([BN, DP], tl.float32)

@@ -6,7 +6,6 @@ Types and constants are those that `fpsc.kernels.triton.attention` and `prologue
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from fpsc.kernels.triton import backward, forward, pack, schedule
@@ -35,17 +34,7 @@ NOTHING_BEFORE = {
 
 
 def variants() -> Iterator[Variant]:
-    """All of them; names are unique, one for all capabilities on which it is launched."""
-    found: dict[str, Variant] = {}
-    for variant in _launches():
-        known = found.get(variant.name)
-        if known is not None:
-            variant = replace(variant, capabilities=known.capabilities + variant.capabilities)
-        found[variant.name] = variant
-    yield from found.values()
-
-
-def _launches() -> Iterator[Variant]:
+    """All of them, one for each capability; a name is unique on each."""
     for capability in CAPABILITIES:
         for dp in HEAD_DIMS:
             yield from _products(capability, "bf16", dp)
@@ -62,11 +51,10 @@ def _products(
         if kernel == "fp8" and capability not in FP8_CAPABILITIES:
             continue
         orders = {permutes_v(cc), True} if kernel == "fp8" else {False}
-        for masked in (False, True) if kernel in ("fp8", "input") and dp == 128 else (False,):
-            for permuted in sorted(orders):  # on Hopper also permuted, for measurements
-                configs = candidates(kernel, cc, dp, masked=masked, permuted=permuted)
-                for config in configs[:1] if first_only else configs:
-                    yield _product(kernel, capability, element, dp, config, masked, permuted)
+        for permuted in sorted(orders):  # on Hopper also permuted, for measurements
+            configs = candidates(kernel, cc, dp, permuted=permuted)
+            for config in configs[:1] if first_only else configs:
+                yield _product(kernel, capability, element, dp, config, permuted)
 
 
 def _product(
@@ -75,10 +63,9 @@ def _product(
     element: str,
     dp: int,
     config: Config,
-    masked: bool,
     permuted: bool,
 ) -> Variant:
-    name = f"{kernel}-{element}-{dp}-{config.name}" + "-masked" * masked + "-permuted" * permuted
+    name = f"{kernel}-{element}-{dp}-{config.name}" + "-permuted" * permuted
     arguments = config.arguments()
     options = {key: arguments.pop(key) for key in ("num_warps", "num_stages")}
     arguments |= {"D": dp, "DP": dp, "BLOCK": BLOCK}
@@ -94,7 +81,7 @@ def _product(
         keys = config.BN if kernel == "query_gradients" else None
         signature = _signature(function, element, **arguments)
         return Variant(kernel=function, signature=signature, role="backward", keys=keys, **shared)
-    arguments |= {**config.schedule(), "FP8": kernel == "fp8", "MASKED": masked}
+    arguments |= {**config.schedule(), "FP8": kernel == "fp8", "visits_ptr": None}
     signature = _signature(forward.attend, element, PERMUTED=permuted, **arguments)
     if kernel == "fp8":
         signature |= {f"{x}_ptr": "*fp8e4nv:16" for x in OPERANDS}
@@ -145,8 +132,10 @@ def _prologue(capability: int, element: str = "bf16", dp: int = 128) -> Iterator
                 )  # fmt: skip
     signature = _signature(pack.compact_keys, element, BLOCK=BLOCK)
     yield Variant(name="compact-keys", kernel=pack.compact_keys, signature=signature, **plain)
-    signature = _signature(schedule.order_heads, element, WIDTH=64)
+    signature = _signature(pack.compact_lists, element, WIDTH=128)
     options = {**plain, "options": {"num_warps": 1}}
+    yield Variant(name="compact-lists", kernel=pack.compact_lists, signature=signature, **options)
+    signature = _signature(schedule.order_heads, element, WIDTH=64)
     yield Variant(name="order-heads", kernel=schedule.order_heads, signature=signature, **options)
     around = {**plain, "role": "backward"}
     signature = _signature(backward.gradient_tiles, element, **sizes)

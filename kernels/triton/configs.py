@@ -77,14 +77,13 @@ def candidates(
     capability: tuple[int, int],
     dp: int,
     *,
-    masked: bool = False,
     permuted: bool | None = None,
 ) -> tuple[Config, ...]:
     """Configurations of a kernel: "fp8" or "input", which is forward for one kind of cell, or
     "query_gradients" or "key_gradients".
 
-    dp: padded head_dim; masked: a key mask is given; permuted: V is stored so, None for what
-    `permutes_v` says. They serve bfloat16 and float16 alike.
+    dp: padded head_dim; permuted: V is stored so, None for what `permutes_v` says. They serve
+    bfloat16 and float16 alike.
     """
     found = _candidates(kernel, capability, dp)
     if kernel == "fp8":
@@ -92,8 +91,6 @@ def candidates(
         found = tuple(c for c in found if not (c.specialise and permuted)) or found
         if not permuted and any(c.specialise for c in found):
             found = tuple(c for c in found if c.specialise)
-    if masked:  # with the mask's arithmetic a persistent loop runs out of registers for its own
-        found = tuple(c for c in found if not c.persistent)
     return found
 
 

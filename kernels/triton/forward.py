@@ -47,21 +47,42 @@ def load_meta(meta_ptr, tile):
 
 
 @triton.jit
+def list_of(list_ptr, list_idx, visits_ptr, b, pattern, tile, TILES, PATTERNS, ENTRIES):
+    """Where the list of a query tile begins, and how long it is.
+
+    visits_ptr: None, or where a mask took key tiles away, what `pack.compact_lists` left; then
+    list_idx holds the lists of each batch element.
+    """
+    first = tl.load(list_ptr + pattern * (TILES + 1) + tile)
+    if visits_ptr is None:
+        visits = tl.load(list_ptr + pattern * (TILES + 1) + tile + 1) - first
+    else:
+        visits = tl.load(visits_ptr + (b * PATTERNS + pattern) * TILES + tile)
+        list_idx += b.to(tl.int64) * ENTRIES
+    return list_idx + first, visits
+
+
+@triton.jit
 def attend_tile(
     q_desc, k_desc, v_desc, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr,
-    list_ptr, list_idx, gather_ptr, valid_ptr,
-    head, part, tile, pattern, scale, H, G, N, TILES,
+    modes_ptr, heads_ptr, list_ptr, list_idx, visits_ptr, order_ptr, gather_ptr, valid_ptr,
+    item, active, scale, H, G, N, TILES, PATTERNS, ENTRIES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    FP8: tl.constexpr, PERMUTED: tl.constexpr, MASKED: tl.constexpr, SPECIALISE: tl.constexpr, STAGES: tl.constexpr,
+    FP8: tl.constexpr, PERMUTED: tl.constexpr, SPECIALISE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One item: rows `part * BM` and on of a query tile of a head (of all batch elements)."""
+    """One item: BM rows of a query tile of a head. Where not active, none of it is stored."""
     PARTS: tl.constexpr = BLOCK // BN
-    b, h = head // H, head % H
+    QUERY_PARTS: tl.constexpr = BLOCK // BM
+    head = tl.load(heads_ptr + 1 + item // (TILES * QUERY_PARTS))
+    b, h, part = head // H, head % H, item % QUERY_PARTS
+    pattern = tl.load(modes_ptr + head * 3)
+    tile = tl.load(order_ptr + pattern * TILES + (item // QUERY_PARTS) % TILES)
+    list_idx, visits = list_of(
+        list_ptr, list_idx, visits_ptr, b, pattern, tile, TILES, PATTERNS, ENTRIES
+    )
+    visits = tl.where(active, visits, 0)
     key_head = b * G + h // (H // G)
     rows = part * BM + tl.arange(0, BM)
-    first = tl.load(list_ptr + pattern * (TILES + 1) + tile)
-    visits = tl.load(list_ptr + pattern * (TILES + 1) + tile + 1) - first
-    list_idx += first
 
     q = q_desc.load([(head * TILES + tile) * BLOCK + part * BM, 0])
     q_scale = scale * LOG2_E
@@ -77,16 +98,14 @@ def attend_tile(
     next_tile = tl.load(list_idx, mask=visits > 0, other=0)
     next_scale, next_keys = load_meta(meta_ptr, next_tile)
     for j in tl.range(0, visits * PARTS, num_stages=STAGES, warp_specialize=SPECIALISE):
-        w = tl.load(list_idx + j // PARTS)
+        # Specialised, the warps that load find the tile by themselves.
+        w = next_tile if PARTS == 1 and not SPECIALISE else tl.load(list_idx + j // PARTS)
         row = w * BLOCK + (j % PARTS) * BN
         k = k_desc.load([key_row + row, 0])
         s = tl.dot(q, k.T)
         c = q_scale
         if FP8:
             c *= next_scale
-        bias = 0.0
-        if MASKED:  # a tile whose keys are all masked: no score of it counts
-            bias = tl.where(next_keys > 0.0, 0.0, float("-inf"))
         keys = next_keys
         if PARTS > 1:
             keys = tl.minimum(tl.maximum(keys - (j % PARTS) * BN, 0.0), BN * 1.0)
@@ -94,15 +113,11 @@ def attend_tile(
         next_tile = tl.load(list_idx + tl.minimum((j + 1) // PARTS, visits - 1))
         next_scale, next_keys = load_meta(meta_ptr, next_tile)
 
+        largest = tl.max(s, 1) * c
         if FP8:  # a whole number, so that P rounds alike whichever tile comes first
-            largest = tl.ceil(tl.max(s, 1) * c + (bias - P_OFFSET))
-        else:
-            largest = tl.max(s, 1) * c + bias
+            largest = tl.ceil(largest - P_OFFSET)
         new_m = tl.maximum(m, largest)
-        if MASKED:
-            p = tl.math.exp2(s * c + (bias - new_m)[:, None])
-        else:
-            p = tl.math.exp2(s * c - new_m[:, None])
+        p = tl.math.exp2(s * c - new_m[:, None])
         alpha = tl.math.exp2(m - new_m)
         m = new_m
         total = total * alpha + tl.sum(tl.where(is_first[None, :], p * weight, p), 1)
@@ -122,7 +137,7 @@ def attend_tile(
     if FP8:
         acc *= tl.load(v_scale_ptr + key_head * DP + channels)[None, :]
     position = tl.load(gather_ptr + tile * BLOCK + rows).to(tl.int64)
-    real = (rows < tl.load(valid_ptr + tile)) & (position >= 0) & (position < N)
+    real = (rows < tl.load(valid_ptr + tile)) & (position >= 0) & (position < N) & active
     row_of = head.to(tl.int64) * N + position
     lse = tl.where(seen, (m + tl.math.log2(total)) * LN_2, float("-inf"))
     if FP8:
@@ -139,18 +154,21 @@ def attend_tile(
 @triton.jit
 def attend(
     q_ptr, k_ptr, v_ptr, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr,
-    modes_ptr, heads_ptr, list_ptr, list_idx, order_ptr, gather_ptr, valid_ptr,
-    scale, B, H, G, N, TILES,
+    modes_ptr, heads_ptr, list_ptr, list_idx, visits_ptr, order_ptr, gather_ptr, valid_ptr,
+    scale, B, H, G, N, TILES, PATTERNS, ENTRIES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    FP8: tl.constexpr, PERMUTED: tl.constexpr, MASKED: tl.constexpr, SPECIALISE: tl.constexpr, STAGES: tl.constexpr, PERSISTENT: tl.constexpr,
+    FP8: tl.constexpr, PERMUTED: tl.constexpr, SPECIALISE: tl.constexpr, STAGES: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """All cells of one kind: FP8, or in the input's dtype.
 
     q, k: tile order [B, heads, TILES, BLOCK, DP]; v: the same, or where FP8 transposed [B, G, DP,
     TILES * BLOCK]. meta: int64 [B, G, TILES], see `load_meta`. heads: [1 + B * H], how many heads
-    have this kind of cell, then which, the costliest first. out: [B, N, H, D]; lse, shift [B, H,
-    N]. scale > 0: its sign is in q. Items go head by head, whose keys stay in the cache, and in a
-    head in the order of its pattern.
+    have this kind of cell, then which, the costliest first. Lists: see `list_of`. out: [B, N, H,
+    D]; lse, shift [B, H, N]. scale > 0: its sign is in q.
+
+    Items go head by head, whose keys stay in the cache, and in a head in the order of its pattern.
+    PERSISTENT: a program takes item after item; else there are as many programs as items.
     """
     PARTS: tl.constexpr = BLOCK // BM
     q_desc = tl.make_tensor_descriptor(q_ptr, [B * H * TILES * BLOCK, DP], [DP, 1], [BM, DP])
@@ -163,24 +181,20 @@ def attend(
     items = tl.load(heads_ptr) * TILES * PARTS
     if PERSISTENT:
         for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-            head = tl.load(heads_ptr + 1 + item // (TILES * PARTS))
-            pattern = tl.load(modes_ptr + head * 3)
-            tile = tl.load(order_ptr + pattern * TILES + (item // PARTS) % TILES)
             attend_tile(
                 q_desc, k_desc, v_desc, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr,
-                lse_ptr, list_ptr, list_idx, gather_ptr, valid_ptr,
-                head, item % PARTS, tile, pattern, scale, H, G, N, TILES,
-                D, DP, BLOCK, BM, BN, FP8, PERMUTED, MASKED, SPECIALISE, STAGES,
+                lse_ptr, modes_ptr, heads_ptr, list_ptr, list_idx, visits_ptr, order_ptr,
+                gather_ptr, valid_ptr, item, True, scale, H, G, N, TILES, PATTERNS, ENTRIES,
+                D, DP, BLOCK, BM, BN, FP8, PERMUTED, SPECIALISE, STAGES,
             )  # fmt: skip
     else:
+        # Programs without an item do nothing with the first: a branch around all of it would cost
+        # the loop instructions.
         item = tl.program_id(0)
-        if item < items:
-            head = tl.load(heads_ptr + 1 + item // (TILES * PARTS))
-            pattern = tl.load(modes_ptr + head * 3)
-            tile = tl.load(order_ptr + pattern * TILES + (item // PARTS) % TILES)
-            attend_tile(
-                q_desc, k_desc, v_desc, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr,
-                lse_ptr, list_ptr, list_idx, gather_ptr, valid_ptr,
-                head, item % PARTS, tile, pattern, scale, H, G, N, TILES,
-                D, DP, BLOCK, BM, BN, FP8, PERMUTED, MASKED, SPECIALISE, STAGES,
-            )  # fmt: skip
+        attend_tile(
+            q_desc, k_desc, v_desc, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr,
+            lse_ptr, modes_ptr, heads_ptr, list_ptr, list_idx, visits_ptr, order_ptr,
+            gather_ptr, valid_ptr, tl.where(item < items, item, 0), item < items,
+            scale, H, G, N, TILES, PATTERNS, ENTRIES,
+            D, DP, BLOCK, BM, BN, FP8, PERMUTED, SPECIALISE, STAGES,
+        )  # fmt: skip

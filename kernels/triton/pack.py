@@ -1,7 +1,8 @@
 """From raster order to tile order: gather, normalise, rotate, quantise, in one pass.
 
-Two small kernels come first. `compact_keys` turns a key mask into lists of the keys of each tile
-that take part, so that nothing after it knows of masks. `statistics` and `finish_statistics` find
+Small kernels come first. `compact_keys` turns a key mask into lists of the keys of each tile that
+take part, and `compact_lists` drops the tiles that have none, so that no product knows of masks.
+`statistics` and `finish_statistics` find
 the mean of K and the largest |V| of each channel, which one tile alone does not know.
 
 In tile order a tile is BLOCK rows of DP channels, DP a power of two; channels beyond D are zero.
@@ -130,6 +131,17 @@ def wanted(modes_ptr, first_head, HEADS_EACH, KIND: tl.constexpr):
 
 
 @triton.jit
+def grouping_of(modes_ptr, first_head, HEADS_EACH):
+    """The grouping of some neighbouring heads: the lowest of those with FP8 cells."""
+    found = 1 << 30
+    for i in range(HEADS_EACH):
+        fp8 = tl.load(modes_ptr + (first_head + i) * 3 + 1) == 1
+        grouping = tl.load(modes_ptr + (first_head + i) * 3 + 2)
+        found = tl.where(fp8, tl.minimum(found, grouping), found)
+    return found
+
+
+@triton.jit
 def compact_keys(
     gather_ptr, valid_ptr, mask_ptr, key_gather_ptr, key_count_ptr,
     stride_mask, N, TILES, BLOCK: tl.constexpr,
@@ -149,6 +161,30 @@ def compact_keys(
     row = b * TILES + tile
     tl.store(key_gather_ptr + row * BLOCK + rank, position, mask=kept)
     tl.store(key_count_ptr + row, tl.sum(kept.to(tl.int32), 0))
+
+
+@triton.jit
+def compact_lists(
+    list_ptr, list_idx, key_count_ptr, visits_ptr, kept_ptr, TILES, ENTRIES, WIDTH: tl.constexpr
+):  # fmt: skip
+    """The lists of a batch element without key tiles that have no key left.
+
+    list_ptr [PATTERNS, TILES + 1], list_idx [ENTRIES], key_count [B, TILES] -> kept [B, ENTRIES],
+    every list where it was, and visits [B, PATTERNS, TILES], how long it is now.
+    """
+    tile, pattern, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tl.load(list_ptr + pattern * (TILES + 1) + tile)
+    last = tl.load(list_ptr + pattern * (TILES + 1) + tile + 1)
+    kept_ptr += b.to(tl.int64) * ENTRIES + first
+    visits = 0
+    for start in range(first, last, WIDTH):
+        i = start + tl.arange(0, WIDTH)
+        w = tl.load(list_idx + i, mask=i < last, other=0)
+        keep = tl.load(key_count_ptr + b * TILES + w, mask=i < last, other=0) > 0
+        rank = visits + tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.store(kept_ptr + rank, w, mask=keep)
+        visits += tl.sum(keep.to(tl.int32), 0)
+    tl.store(visits_ptr + (b * tl.num_programs(1) + pattern) * TILES + tile, visits)
 
 
 @triton.jit
@@ -242,7 +278,7 @@ def group_maxima(
     head, tile = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     b = tl.program_id(1)
     first_head = b * H + head * (H // HEADS)
-    grouping = tl.load(modes_ptr + first_head * 3 + 2)
+    grouping = grouping_of(modes_ptr, first_head, H // HEADS)
     if wanted(modes_ptr, first_head, H // HEADS, 1) & (grouping != 0):
         rows = tl.arange(0, BLOCK)
         count = tl.load(count_ptr + b * stride_count + tile)
@@ -327,7 +363,7 @@ def pack_tiles(
                     x = tl.where(real[:, None], x - mean[None, :], 0.0)
                 largest = tl.max(tl.max(magnitude(x), 1), 0)
                 if GROUPED:
-                    grouping = tl.load(modes_ptr + first_head * 3 + 2)
+                    grouping = grouping_of(modes_ptr, first_head, H // HEADS)
                     group = tl.load(groups_ptr + grouping * TILES + tile)
                     shared = tl.load(largest_ptr + row * TILES + group)
                     largest = tl.where(grouping != 0, shared, largest)

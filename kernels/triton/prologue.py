@@ -143,20 +143,26 @@ def keys_of(
     return Keys(keys, count, TILES * BLOCK, TILES)
 
 
-def new_saved(call: Call) -> Saved:
-    """Buffers for what FP8 cells leave to backward."""
-    B, H, N, D = call.q.shape
-    G, DP, (TILES, BLOCK) = call.k.shape[1], padded_head_dim(D), call.gather.shape
-    q = call.q
-    return Saved(
-        shift=q.new_zeros((B, H, N), dtype=torch.float32),
-        q8=q.new_empty((B, H, TILES, BLOCK, DP), dtype=torch.float8_e4m3fn),
-        k8=q.new_empty((B, G, TILES, BLOCK, DP), dtype=torch.float8_e4m3fn),
-        v8=q.new_empty((B, G, DP, TILES * BLOCK), dtype=torch.float8_e4m3fn),
-        q_scale=q.new_empty((B, H, TILES), dtype=torch.float32),
-        k_scale=q.new_empty((B, G, TILES), dtype=torch.float32),
-        v_scale=q.new_empty((B, G, DP), dtype=torch.float32),
-    )
+class Lists(NamedTuple):
+    """The key tiles of every query tile; visits: see `forward.list_of`."""
+
+    idx: Tensor
+    visits: Tensor | None
+
+
+def lists_of(list_ptr: Tensor, list_idx: Tensor, keys: Keys) -> Lists:
+    """The lists, without key tiles whose keys a mask took."""
+    if keys.count_stride == 0:
+        return Lists(list_idx, None)
+    (PATTERNS, bounds), B, ENTRIES = list_ptr.shape, len(keys.count), len(list_idx)
+    kept = list_idx.new_empty((B, ENTRIES))
+    visits = list_idx.new_empty((B, PATTERNS, bounds - 1))
+    launch(
+        pack.compact_lists, (bounds - 1, PATTERNS, B),
+        list_ptr, list_idx, keys.count, visits, kept, bounds - 1, ENTRIES,
+        WIDTH=128, num_warps=1,
+    )  # fmt: skip
+    return Lists(kept, visits)
 
 
 def copy_tiles(call: Call, keys: Keys, meta: Tensor, into: Tiles | None = None) -> Tiles:

@@ -62,27 +62,19 @@ def permutes_v(device: torch.device) -> bool:
 
 
 def choose(
-    kernel: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    dp: int,
-    run: Callable[[Config], None],
-    *,
-    masked: bool = False,
+    kernel: str, device: torch.device, dtype: torch.dtype, dp: int, run: Callable[[Config], None]
 ) -> Config:
     """The configuration for a call; `run` launches it with one, and may be called several times.
-
-    The other arguments are those of `configs.candidates`.
 
     Raises: RuntimeError where no candidate can be launched, with what each of them said.
     """
     if interpreter.ACTIVE:
         return configs.INTERPRETED
     permuted = permutes_v(device)
-    found = configs.candidates(kernel, capability(device), dp, masked=masked, permuted=permuted)
+    found = configs.candidates(kernel, capability(device), dp, permuted=permuted)
     if len(found) == 1:
         return found[0]
-    key = f"{kernel} {dtype} {dp} {masked} {permuted} {_identity(device)}"
+    key = f"{kernel} {dtype} {dp} {permuted} {_identity(device)}"
     if key not in _chosen:
         stored = _read().get(key, {}).get("config")
         known = next((c for c in found if asdict(c) == stored), None)

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fpsc.grid import TokenGrid, layout
 from fpsc.policy.patterns import Pattern, lists
+from fpsc.policy.resolve import groups_of, longest_first, transposed
+from fpsc.policy.values import QKScales
 
 PATTERNS = (
     Pattern("dense"),
     Pattern("near", keep=0.4),
     Pattern("window", window=(1, 3, 2)),
 )
+GROUPINGS: tuple[QKScales, ...] = ("tile", (2, 1, 2), "head")
 INPUT_DTYPE, FP8 = 0, 1
-DENSE, NEAR, WINDOW, DENSE_FP8, NEAR_FP8, WINDOW_FP8 = range(6)
+DENSE, NEAR, WINDOW, DENSE_FP8, NEAR_FP8, WINDOW_FP8, NEAR_FP8_BOX, WINDOW_FP8_HEAD = range(8)
 MODES = torch.tensor(
-    [[p, dtype] for dtype in (INPUT_DTYPE, FP8) for p in range(len(PATTERNS))], dtype=torch.int32
+    [
+        *([p, dtype, 0] for dtype in (INPUT_DTYPE, FP8) for p in range(len(PATTERNS))),
+        [1, FP8, 1],  # scales shared by boxes of tiles
+        [2, FP8, 2],  # by all tiles of the video
+    ],
+    dtype=torch.int32,
 )
 
 
@@ -30,8 +39,23 @@ class Tables(NamedTuple):
     modes: Tensor
     list_ptr: Tensor
     list_idx: Tensor
+    back_ptr: Tensor
+    back_idx: Tensor
+    order: Tensor
+    groups: Tensor
     gather: Tensor
     valid: Tensor
+
+    @property
+    def forward(self) -> tuple[Tensor, ...]:
+        """What an implementation's `forward` takes between v and the key mask."""
+        lists = self.list_ptr, self.list_idx, self.order, self.groups, self.gather, self.valid
+        return (resolved(self), *lists)
+
+    @property
+    def backward(self) -> tuple[Tensor, ...]:
+        """What an implementation's `backward` takes between saved and the key mask."""
+        return (resolved(self), *self[3:])
 
     @property
     def tokens(self) -> int:
@@ -48,18 +72,26 @@ def tables(
 ) -> Tables:
     """heads: modes of all heads, one list for each batch element."""
     tiles = layout(TokenGrid(*grid), tile, prefix, suffix)
-    ptr, idx, offset = [], [], 0
+    ptr, idx, back_ptr, back_idx, offset = [], [], [], [], 0
     for pattern in PATTERNS:
-        one_ptr, one_idx = lists(pattern, tiles)
+        one_ptr, one_idx = (x.numpy() for x in lists(pattern, tiles))
+        back = transposed(one_ptr, one_idx)
         ptr.append(one_ptr + offset)
         idx.append(one_idx)
+        back_ptr.append(back[0] + offset)
+        back_idx.append(back[1])
         offset += len(one_idx)
+    groups = np.stack([groups_of(grouping, tiles) for grouping in GROUPINGS])
     return Tables(
         rows=torch.arange(len(heads), dtype=torch.int32),
         cells=torch.tensor([heads], dtype=torch.int32),
         modes=MODES.clone(),
-        list_ptr=torch.stack(ptr).int(),
-        list_idx=torch.cat(idx),
+        list_ptr=torch.from_numpy(np.stack(ptr)).int(),
+        list_idx=torch.from_numpy(np.concatenate(idx)),
+        back_ptr=torch.from_numpy(np.stack(back_ptr)).int(),
+        back_idx=torch.from_numpy(np.concatenate(back_idx)),
+        order=torch.from_numpy(longest_first(np.stack(ptr))),
+        groups=torch.from_numpy(groups),
         gather=tiles.gather.clone(),
         valid=tiles.valid.clone(),
     )
@@ -87,7 +119,7 @@ def qkv(
 
 
 def resolved(tables: Tables) -> Tensor:
-    """(pattern, dtype) of each batch element and head, [B, H, 2]."""
+    """(pattern, dtype, grouping) of each batch element and head, [B, H, 3]."""
     B = len(tables.rows)
     return torch.stack([tables.modes[tables.cells[0, tables.rows[b]].long()] for b in range(B)])
 

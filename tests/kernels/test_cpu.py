@@ -54,12 +54,12 @@ def check(
     least_grad: float = 0.0,
 ) -> None:
     """least_grad: a norm of gradients below which errors are no longer relative to it."""
-    rest = (resolved(t), *t[3:], mask, scale)
-    out, lse = cpu.forward(q, k, v, *rest)
-    expected_out, expected_lse = reference.forward(q, k, v, *rest)
+    rest, back = (*t.forward, mask, scale), (*t.backward, mask, scale)
+    out, lse, _ = cpu.forward(q, k, v, *rest)
+    expected_out, expected_lse, _ = reference.forward(q, k, v, *rest)
     dout = torch.randn(q.shape).to(q.dtype)
-    grads = cpu.backward(dout, q, k, v, expected_out, expected_lse, *rest)
-    expected_grads = reference.backward(dout, q, k, v, expected_out, expected_lse, *rest)
+    grads = cpu.backward(dout, q, k, v, expected_out, expected_lse, None, *back)
+    expected_grads = reference.backward(dout, q, k, v, expected_out, expected_lse, None, *back)
 
     assert out.dtype == q.dtype and out.transpose(1, 2).is_contiguous()
     assert lse.dtype == torch.float32
@@ -141,13 +141,12 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens(checkout: Path):
     code = """
 import resource, torch
 from fpsc.kernels import cpu
-from tests.kernels.cases import DENSE, NEAR, qkv, resolved, tables
+from tests.kernels.cases import DENSE, NEAR, qkv, tables
 t = tables((16, 32, 32), (4, 4, 8), [[DENSE, NEAR]])
 q, k, v = qkv(t, dim=16)
-rest = resolved(t), *t[3:], None, 0.2
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out, lse = cpu.forward(q, k, v, *rest)
-cpu.backward(q, q, k, v, out, lse, *rest)
+out, lse, _ = cpu.forward(q, k, v, *t.forward, None, 0.2)
+cpu.backward(q, q, k, v, out, lse, None, *t.backward, None, 0.2)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     found = subprocess.run(
@@ -168,8 +167,8 @@ def test_runs_and_merged_steps(monkeypatch):
     for rows, scores in ((5, 0), (64, 0), (1, 2**30)):
         monkeypatch.setattr(cpu, "ROWS_AT_ONCE", rows)
         monkeypatch.setattr(cpu, "SCORES_AT_ONCE", scores)
-        found.append(cpu.forward(q, k, v, resolved(t), *t[3:], None, 0.2))
-    for out, lse in found[1:]:
+        found.append(cpu.forward(q, k, v, *t.forward, None, 0.2))
+    for out, lse, _ in found[1:]:
         assert relative_rms(out, found[0][0]) <= KERNEL_FP32
         assert relative_rms(lse, found[0][1]) <= KERNEL_FP32
 
@@ -187,7 +186,7 @@ def test_queries_without_keys():
     mask[0, :9] = True  # seen by the first frame alone
     q, k, v = qkv(t)
     check(q, k, v, t, mask)
-    out, lse = cpu.forward(q, k, v, resolved(t), *t[3:], mask, 0.2)
+    out, lse, _ = cpu.forward(q, k, v, *t.forward, mask, 0.2)
     nothing = ~visible(t, mask).any(dim=-1)
     assert nothing[0].any() and not nothing[0].all() and nothing[1].all()
     assert torch.equal(out[nothing], torch.zeros_like(out[nothing]))
@@ -198,14 +197,14 @@ def test_masked_keys_may_hold_anything():
     t = tables((3, 5, 7), (2, 3, 4), ALL, prefix=3)
     mask = torch.rand(2, t.tokens) > 0.3
     q, k, v = qkv(t)
-    rest = (resolved(t), *t[3:], mask, 0.2)
+    rest, back = (*t.forward, mask, 0.2), (*t.backward, mask, 0.2)
     dout = torch.randn(q.shape)
-    out, lse = cpu.forward(q, k, v, *rest)
-    grads = cpu.backward(dout, q, k, v, out, lse, *rest)
+    out, lse, _ = cpu.forward(q, k, v, *rest)
+    grads = cpu.backward(dout, q, k, v, out, lse, None, *back)
     for b in range(2):
         k[b, :, ~mask[b]], v[b, :, ~mask[b]] = math.nan, math.inf
     assert torch.equal(cpu.forward(q, k, v, *rest)[0], out)
-    for x, y in zip(cpu.backward(dout, q, k, v, out, lse, *rest), grads, strict=True):
+    for x, y in zip(cpu.backward(dout, q, k, v, out, lse, None, *back), grads, strict=True):
         assert torch.equal(x, y)
     for b in range(2):
         assert torch.equal(grads[1][b, :, ~mask[b]], torch.zeros_like(k[b, :, ~mask[b]]))
@@ -226,9 +225,9 @@ class TestNotFinite:
         at = int(t.gather[2, 1])
         v[0, 0, at] = 0.0  # not the largest of its channel
         mask[0, at] = False  # what the others see is as if the key were not there
-        expected, _ = kernel.forward(q, k, v, resolved(t), *t[3:], mask, 0.2)
+        expected, _, _ = kernel.forward(q, k, v, *t.forward, mask, 0.2)
         k[0, 0, at, 5] = value
-        out, lse = kernel.forward(q, k, v, resolved(t), *t[3:], None, 0.2)
+        out, lse, _ = kernel.forward(q, k, v, *t.forward, None, 0.2)
         touched = visible(t)[0, 0, :, at]
         assert 0 < touched.sum() < t.tokens
         assert out[0, 0, touched].isnan().all() and lse[0, 0, touched].isnan().all()
@@ -237,9 +236,9 @@ class TestNotFinite:
     def test_in_v(self, kernel, value, dtype):
         t, (q, k, v), _ = self.setup_case(dtype)
         at = int(t.gather[2, 1])
-        expected, expected_lse = kernel.forward(q, k, v, resolved(t), *t[3:], None, 0.2)
+        expected, expected_lse, _ = kernel.forward(q, k, v, *t.forward, None, 0.2)
         v[0, 0, at, 5] = value
-        out, lse = kernel.forward(q, k, v, resolved(t), *t[3:], None, 0.2)
+        out, lse, _ = kernel.forward(q, k, v, *t.forward, None, 0.2)
         touched = torch.zeros_like(out, dtype=torch.bool)
         touched[0, 0, :, 5] = visible(t)[0, 0, :, at]
         assert torch.equal(out.isnan(), touched)
@@ -251,9 +250,9 @@ class TestNotFinite:
         t, (q, k, v), _ = self.setup_case(dtype)
         at = int(t.gather[2, 1])
         q[0, 0, at, 5] = 0.0
-        expected, _ = kernel.forward(q, k, v, resolved(t), *t[3:], None, 0.2)
+        expected, _, _ = kernel.forward(q, k, v, *t.forward, None, 0.2)
         q[0, 0, at, 5] = value
-        out, lse = kernel.forward(q, k, v, resolved(t), *t[3:], None, 0.2)
+        out, lse, _ = kernel.forward(q, k, v, *t.forward, None, 0.2)
         touched = torch.arange(t.tokens) == at
         assert out[0, 0, touched].isnan().all() and lse[0, 0, touched].isnan().all()
         assert torch.equal(out[0, 0, ~touched], expected[0, 0, ~touched])
@@ -278,7 +277,7 @@ def test_huge_values_stay_finite(kernel):
     q, k, v = qkv(t)
     for x in (q, k, v):
         x[0, :, 17, 3] = 1e15
-    out, lse = kernel.forward(q, k, v, resolved(t), *t[3:], None, 0.2)
+    out, lse, _ = kernel.forward(q, k, v, *t.forward, None, 0.2)
     assert out.isfinite().all() and lse.isfinite().all()
     # Query and key 17 agree so much that no other key counts.
     assert relative_rms(out[0, :, 17], v[0, :, 17]) <= KERNEL_FP8

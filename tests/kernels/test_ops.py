@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.testing._internal.optests import aot_autograd_check
 
 from fpsc.kernels import ops, reference
 from tests.kernels.cases import (
@@ -20,7 +21,6 @@ from tests.kernels.cases import (
     WINDOW,
     Tables,
     qkv,
-    resolved,
     tables,
 )
 from tests.thresholds import (
@@ -48,11 +48,17 @@ def test_opcheck(dtype, masked):
     t = small(prefix=3)
     q, k, v = (x.detach().requires_grad_() for x in qkv(t, dim=16, dtype=dtype, key_heads=1))
     mask = torch.rand(2, t.tokens) > 0.3 if masked else None
-    torch.library.opcheck(torch.ops.fpsc.attention, (q, k, v, *t, mask, 0.2, 0))
-    out, lse = torch.ops.fpsc.attention(q, k, v, *t, mask, 0.2, 0)
-    args = [x.detach() for x in (out, q, k, v, out, lse)]
-    rest = (resolved(t), *t[3:], mask, 0.2)
-    torch.library.opcheck(torch.ops.fpsc.attention_backward, (*args, *rest))
+    args = (q, k, v, *t, mask, 0.2, 0)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    # Not the fourth check of opcheck, which adds all outputs up: e4m3 cannot.
+    torch.library.opcheck(torch.ops.fpsc.attention, args, test_utils=checks)
+    aot_autograd_check(lambda *a: torch.ops.fpsc.attention(*a)[:2], args, {}, dynamic=True)
+    out, *others = torch.ops.fpsc.attention(q, k, v, *t, mask, 0.2, 0)
+    args = [x.detach() for x in (out, q, k, v, out, *others)]
+    rest = (*t.backward, mask, 0.2, 3, "auto")
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    # Nor its first here, which multiplies inputs of e4m3.
+    torch.library.opcheck(torch.ops.fpsc.attention_backward, (*args, *rest), test_utils=checks)
 
 
 @pytest.mark.parametrize("layout", ["BNHD", "BHND", "BHDN"])
@@ -78,9 +84,9 @@ def test_gradients_against_the_reference():
     dout = torch.randn_like(out)
     found = torch.autograd.grad(out, (q, k, v), dout)
     with torch.no_grad():
-        rest = (resolved(t), *t[3:], mask, 0.2)
-        expected_out, lse = reference.forward(q, k, v, *rest)
-        expected = reference.backward(dout, q, k, v, expected_out, lse, *rest)
+        expected_out, lse, _ = reference.forward(q, k, v, *t.forward, mask, 0.2)
+        given = (dout, q, k, v, expected_out, lse, None)
+        expected = reference.backward(*given, *t.backward, mask, 0.2)
     assert relative_rms(out, expected_out) <= KERNEL_FP8
     for x, y in zip(found, expected, strict=True):
         assert relative_rms(x, y) <= KERNEL_FP8_GRAD
@@ -220,19 +226,38 @@ BAD: dict[str, tuple[Any, str]] = {
              "expected a layout of the 60 tokens of q, got one of 70; the grid"),
     "gather twice": (lambda a, t: a.update(gather=swapped(t.gather)), "every position once"),
     "gather outside": (lambda a, t: a.update(gather=t.gather + 1), "expected positions 0..59"),
-    "valid": (lambda a, t: a.update(valid=t.valid[:-1]), "entries of one layout, got 9, 8 and 7"),
+    "valid": (lambda a, t: a.update(valid=t.valid[:-1]), "expected 7 entries for the 7 tiles"),
     "valid range": (lambda a, t: a.update(valid=t.valid + int32(-200, 200, 0, 0, 0, 0, 0, 0)),
                     "expected 0..128 rows a tile, got -188..206"),
-    "pointers": (lambda a, t: a.update(list_ptr=t.list_ptr[:, 1:]), "of one layout"),
+    "pointers": (lambda a, t: a.update(list_ptr=t.list_ptr[:, 1:]), "list_ptr: expected 9"),
     "pointers grow": (lambda a, t: a.update(list_ptr=t.list_ptr.flip(1)), "offsets that grow"),
     "pointers end": (lambda a, t: a.update(list_ptr=t.list_ptr + 10**6), "offsets that grow"),
-    "list range": (lambda a, t: a.update(list_idx=t.list_idx + 1), "expected tiles 0..7, got 1..8"),
-    "list twice": (lambda a, t: a.update(list_idx=t.list_idx.clamp(min=1)), "every key tile once"),
-    "patterns": (lambda a, t: a.update(modes=t.modes + 2), "expected patterns 0..2"),
-    "modes": (lambda a, t: a.update(modes=t.modes[:, :1]), "expected 2 columns"),
+    "list range": (lambda a, t: a.update(list_idx=t.list_idx + 1),
+                   "list_idx: expected 0..7 (tiles), got 1..8"),
+    "list twice": (lambda a, t: a.update(list_idx=t.list_idx.clamp(min=1)),
+                   "list_idx: expected each list to ascend"),
+    "back pointers": (lambda a, t: a.update(back_ptr=t.back_ptr[:2]), "the 3 entries of list_ptr"),
+    "back length": (lambda a, t: a.update(back_idx=t.back_idx[1:]), "entries of list_idx, got"),
+    "back range": (lambda a, t: a.update(back_idx=t.back_idx - 1), "back_idx: expected 0..7"),
+    "back grow": (lambda a, t: a.update(back_ptr=t.back_ptr.flip(1)), "back_ptr: expected offsets"),
+    "transpose": (lambda a, t: a.update(back_ptr=t.back_ptr[[0, 2, 1]]),
+                  "transpose of list_ptr and list_idx, which pattern 1 is not"),
+    "order": (lambda a, t: a.update(order=torch.zeros_like(t.order)), "order: expected every tile"),
+    "order length": (lambda a, t: a.update(order=t.order[:, 1:]), "order: expected 8 entries"),
+    "groups": (lambda a, t: a.update(groups=t.groups + 1), "groups: expected 0..7 (tiles)"),
+    "groups length": (lambda a, t: a.update(groups=t.groups[:, 1:]), "groups: expected 8 entries"),
+    "groupings": (lambda a, t: a.update(groups=t.groups[:0]), "expected 0..-1 (rows of groups)"),
+    "patterns": (lambda a, t: a.update(modes=t.modes + int32(2, 0, 0)), "expected 0..2 (rows of"),
+    "dtypes of modes": (lambda a, t: a.update(modes=t.modes + int32(0, 1, 0)), "modes: dtypes: exp"),
+    "modes": (lambda a, t: a.update(modes=t.modes[:, :2]), "expected 3 columns"),
+    "kinds": (lambda a, t: a.update(kinds=4), "kinds: expected a sum of 1"),
+    "no fp8": (lambda a, t: a.update(kinds=1), "kinds: 1 leaves out dtype 1, which cells have"),
+    "kernel": (lambda a, t: a.update(kernel="tritn"),
+               "expected one of auto, cpu, triton, reference, found 'tritn'"),
+    "no interpreter": (lambda a, t: a.update(kernel="triton"), "set TRITON_INTERPRET=1"),
     "rows": (lambda a, t: a.update(rows=int32(0, 2)), "rows: expected 0..1 (rows of cells)"),
     "batch of rows": (lambda a, t: a.update(rows=int32(0, 1, 0)), "one noise row a batch element"),
-    "cells": (lambda a, t: a.update(cells=t.cells + 6), "cells: expected 0..5 (rows of modes)"),
+    "cells": (lambda a, t: a.update(cells=t.cells + 6), "cells: expected 0..7 (rows of modes)"),
     "heads of cells": (lambda a, t: a.update(cells=t.cells[:, :, :1]), "each of the 2 heads of q"),
     "site": (lambda a, t: a.update(site=1), "expected 0 <= site < 1"),
     "table dtype": (lambda a, t: a.update(rows=t.rows.long()), "rows: expected dtype torch.int32"),
@@ -250,7 +275,8 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_arguments(case):
+def test_bad_arguments(case, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     t = small()
     q, k, v = qkv(t)
     arguments = {"q": q, "k": k, "v": v, **t._asdict()}

@@ -35,7 +35,7 @@ SCALE = 0.2
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, t: Tables, mask: Tensor | None = None, scale=SCALE):
-    return reference.forward(q, k, v, resolved(t), *t[3:], mask, scale)
+    return reference.forward(q, k, v, *t.forward, mask, scale)[:2]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, t: Tables, mask: Tensor | None = None) -> Tensor:
@@ -180,29 +180,26 @@ def test_backward_is_the_gradient_of_a_straight_through_forward(modes, masked):
     t = tables((3, 5, 7), (2, 3, 4), [modes], prefix=3)
     leaves = [x.detach().requires_grad_() for x in qkv(t, key_heads=1)]
     mask = torch.rand(1, t.tokens) > 0.3 if masked else None
-    taking_part = torch.ones(t.tokens, dtype=torch.bool) if mask is None else mask[0]
     tiles = reference.tile_rows(t.gather, t.valid)
-    s, v = [], []
-    for h in range(2):
-        real = leaves[0][0, h], leaves[1][0, 0], leaves[2][0, 0]
-        rounded = reference.operands(
-            *(x.detach() for x in real), tiles, taking_part, SCALE, fp8=bool(modes[h] >= 3)
-        )
+    q, k, v = (x.detach() for x in leaves)
+    seen = [
+        (real, reference.operands(*(x.detach() for x in real), tiles, cell, SCALE))
+        for cell in reference.cells(q, k, resolved(t), t.groups, mask)
+        for real in [(leaves[0][0, cell.h], leaves[1][0, 0], leaves[2][0, 0])]
+    ]
+    s, values = [], []
+    for real, rounded in seen:
         # Rounding, and taking the mean from k, have gradient one.
         q_h, k_h, v_h = (x + (y - x).detach() for x, y in zip(real, rounded[:3], strict=True))
         s.append(SCALE * q_h @ k_h.T)
-        v.append(v_h)
+        values.append(v_h)
     scores = torch.stack(s)[None].masked_fill(~visible(t, mask), -math.inf)
-    out = scores.softmax(dim=-1) @ torch.stack(v)[None]
+    out = scores.softmax(dim=-1) @ torch.stack(values)[None]
     dout = torch.randn_like(out)
     expected = torch.autograd.grad(out, leaves, dout)
 
-    q, k, v = (x.detach() for x in leaves)
-    shift = torch.stack([
-        reference.operands(q[0, h], k[0, 0], v[0, 0], tiles, taking_part, SCALE, fp8=modes[h] >= 3)
-        .shift_N for h in range(2)
-    ])  # fmt: skip
+    shift = torch.stack([rounded.shift_N for _, rounded in seen])
     lse = scores.detach().logsumexp(dim=-1) + shift
-    found = reference.backward(dout, q, k, v, out.detach(), lse, resolved(t), *t[3:], mask, SCALE)
-    for x, y in zip(found, expected, strict=True):
+    given = (dout, q, k, v, out.detach(), lse, None)
+    for x, y in zip(reference.backward(*given, *t.backward, mask, SCALE), expected, strict=True):
         assert relative_rms(x, y) <= KERNEL_FP32

@@ -5,21 +5,99 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fpsc.kernels import select as select_
 from fpsc.kernels.ops import IMPLEMENTATIONS
-from fpsc.kernels.select import DTYPES, select
+from fpsc.kernels.select import DTYPES, KERNELS, fp8_support, select
+
+TURING, AMPERE, ADA, HOPPER, BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(select_, "_triton_version", lambda: (3, 6))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [16, 40, 128, 256])
-@pytest.mark.parametrize("device", ["cpu", "cuda", torch.device("cuda", 1)], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta", torch.device("cuda", 1)], ids=str)
 def test_a_choice_has_an_implementation(device, dim, dtype):
-    assert select(device, dtype, dim, fp8=True).name in IMPLEMENTATIONS
+    for capability in (TURING, AMPERE, ADA, HOPPER, BLACKWELL):
+        assert select(device, dtype, dim, fp8=True, capability=capability).name in IMPLEMENTATIONS
 
 
-def test_reasons():
-    assert select("cpu", torch.float32, 64, fp8=False).reason == "the CPU kernel"
+def test_names():
+    assert set(IMPLEMENTATIONS) == set(KERNELS)
+    with pytest.raises(ValueError, match="expected one of auto, cpu, triton, reference, found 'x'"):
+        select("cpu", torch.float32, 64, fp8=True, kernel="x")
+
+
+def test_on_cpu():
+    assert select("cpu", torch.float32, 64, fp8=False) == select_.Choice("cpu", "the CPU kernel")
     assert "emulate e4m3" in select("cpu", torch.float32, 64, fp8=True).reason
-    assert "no kernel for cuda" in select("cuda", torch.float32, 64, fp8=False).reason
+    assert select("cpu", torch.float32, 64, fp8=True, kernel="cpu").name == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_what_runs_anywhere_when_it_is_named(device, kernel):
+    choice = select(device, torch.bfloat16, 64, fp8=True, kernel=kernel, capability=HOPPER)
+    assert choice.name == kernel
+
+
+def test_triton_on_cpu_is_the_interpreter(monkeypatch):
+    choice = select("cpu", torch.float32, 64, fp8=True, kernel="triton")
+    assert choice.name is None and "set TRITON_INTERPRET=1" in choice.reason
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    choice = select("cpu", torch.float32, 64, fp8=True, kernel="triton")
+    assert choice.name == "triton" and "interpreter" in choice.reason
+    assert select("cpu", torch.float32, 64, fp8=True).name == "cpu", "never without being named"
+
+
+@pytest.mark.parametrize(
+    ("capability", "fp8", "name", "reason"),
+    [
+        (TURING, False, "cpu", "compute capability 7.5, older than 8.0"),
+        (AMPERE, False, "triton", "the Triton kernels, on cuda"),
+        (AMPERE, True, "cpu", "compute capability 8.0, and e4m3 needs 8.9"),
+        (ADA, True, "triton", "the Triton kernels, on cuda"),
+        (HOPPER, True, "triton", "the Triton kernels, on cuda"),
+        (BLACKWELL, True, "triton", "the Triton kernels, on cuda"),
+    ],
+)
+def test_on_cuda(capability, fp8, name, reason):
+    found = select("cuda", torch.bfloat16, 128, fp8=fp8, capability=capability)
+    assert found.name == name and reason in found.reason
+    named = select("cuda", torch.bfloat16, 128, fp8=fp8, kernel="triton", capability=capability)
+    assert named.name == ("triton" if name == "triton" else None)
+    assert reason in named.reason, "an explicit choice never falls back"
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [(None, "triton is not installed"), ((3, 5), "triton 3.5 is older than 3.6")],
+)
+def test_without_a_triton_that_serves(version, reason, monkeypatch):
+    monkeypatch.setattr(select_, "_triton_version", lambda: version)
+    auto = select("cuda", torch.bfloat16, 128, fp8=True, capability=HOPPER)
+    assert auto.name == "cpu" and reason in auto.reason
+    assert "torch operators of the CPU kernel" in auto.reason
+    named = select("cuda", torch.bfloat16, 128, fp8=True, kernel="triton", capability=HOPPER)
+    assert named.name is None and reason in named.reason
+
+
+def test_the_installed_triton_has_a_version(monkeypatch):
+    monkeypatch.undo()
+    version = select_._triton_version()
+    assert version is None or version >= (3, 6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without CUDA")
+def test_a_capability_that_nobody_knows():
+    assert "the compute capability of cuda is not known" in select(
+        "cuda", torch.float32, 64, fp8=False
+    ).reason  # fmt: skip
+    assert fp8_support("cuda") == (False, "the compute capability of cuda is not known")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +108,17 @@ def test_reasons():
         (torch.float32, 257, "head_dim 257 is not within 16..256"),
     ],
 )
-def test_no_choice_says_why(dtype, dim, reason):
-    choice = select("cpu", dtype, dim, fp8=False)
-    assert choice.name is None and reason in choice.reason
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_choice_says_why(dtype, dim, reason, device):
+    for kernel in ("auto", *KERNELS):
+        choice = select(device, dtype, dim, fp8=False, kernel=kernel, capability=HOPPER)
+        assert choice.name is None and reason in choice.reason
+
+
+def test_fp8_support():
+    assert fp8_support("cpu") == (True, "e4m3 rounding is emulated on cpu")
+    for capability in (ADA, HOPPER, BLACKWELL):
+        assert fp8_support("cuda", capability)[0]
+    for capability in (TURING, AMPERE, (8, 6)):
+        supported, reason = fp8_support("cuda", capability)
+        assert not supported and "e4m3 needs 8.9" in reason

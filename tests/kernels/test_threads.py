@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fpsc.kernels import cpu, threads
-from tests.kernels.cases import DENSE, NEAR, NEAR_FP8, WINDOW, qkv, resolved, tables
+from tests.kernels.cases import DENSE, NEAR, NEAR_FP8, WINDOW, qkv, tables
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -79,12 +79,12 @@ def test_after_a_fork():
 def test_number_of_threads_does_not_change_the_kernel():
     t = tables((4, 6, 8), (2, 3, 4), [[DENSE, NEAR_FP8, WINDOW], [NEAR, NEAR, NEAR]], prefix=5)
     q, k, v = qkv(t, key_heads=1)
-    rest = (resolved(t), *t[3:], None, 0.2)
     found, before = [], torch.get_num_threads()
     for number in (1, 3, 1, 3):
         torch.set_num_threads(number)
-        out, lse = cpu.forward(q, k, v, *rest)
-        found.append((out, lse, *cpu.backward(q, q, k, v, out, lse, *rest)))
+        out, lse, _ = cpu.forward(q, k, v, *t.forward, None, 0.2)
+        grads = cpu.backward(q, q, k, v, out, lse, None, *t.backward, None, 0.2)
+        found.append((out, lse, *grads))
     torch.set_num_threads(before)
     for again, first in zip(found[2:], found[:2], strict=True):  # bit for bit
         assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))

@@ -274,7 +274,8 @@ def test_rewrite_leaves_the_original_alone_and_appends_its_inputs():
     rewritten = manager.apply(manager.analyse(gm), "flow")
     assert gm.print_readable(print_output=False) == before
     assert rewritten.inputs == [
-        "edges", "cells", "modes", "list_ptr.0", "list_idx.0", "gather.0", "valid.0",
+        "edges", "cells", "modes", "list_ptr.0", "list_idx.0", "back_ptr.0", "back_idx.0",
+        "order.0", "groups.0", "gather.0", "valid.0",
     ]  # fmt: skip
     placeholders = [n.name for n in rewritten.module.graph.nodes if n.op == "placeholder"]
     appended = [f"fpsc_{n.replace('.', '_')}" for n in rewritten.inputs]

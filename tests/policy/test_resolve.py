@@ -15,7 +15,7 @@ from fpsc.grid import layout
 from fpsc.kernels.rows import row_index
 from fpsc.policy import Policy, PolicyError, Table, find, plan, resolve
 from fpsc.policy.patterns import lists
-from fpsc.policy.resolve import MODES, PATTERNS, ROWS
+from fpsc.policy.resolve import GROUPINGS, MODES, PATTERNS, ROWS, kinds_of, longest_first
 from fpsc.policy.values import NoiseRange
 
 LAYERS, HEADS = 5, 4
@@ -129,7 +129,7 @@ def test_shapes_are_capacities() -> None:
         table = resolve(p, layers=LAYERS, heads=HEADS, fp8=True)
         assert (table.edges.shape, table.edges.dtype) == ((ROWS,), torch.float32)
         assert (table.cells.shape, table.cells.dtype) == ((LAYERS, ROWS, HEADS), torch.int32)
-        assert (table.modes.shape, table.modes.dtype) == ((MODES, 2), torch.int32)
+        assert (table.modes.shape, table.modes.dtype) == ((MODES, 3), torch.int32)
         assert table.cells.is_contiguous()
 
 
@@ -175,8 +175,10 @@ def test_ranges_of_layers_include_both_ends() -> None:
 def test_fp8_modes_without_fp8() -> None:
     with_fp8 = resolve(policy(), layers=1, heads=1, fp8=True)
     without = resolve(policy(), layers=1, heads=1, fp8=False)
-    assert with_fp8.modes[:4].tolist() == [[0, 0], [1, 0], [2, 1], [1, 1]]
-    assert without.modes[:4].tolist() == [[0, 0], [1, 0], [2, 0], [1, 0]]
+    assert with_fp8.modes[:4, :2].tolist() == [[0, 0], [1, 0], [2, 1], [1, 1]]
+    assert without.modes[:4, :2].tolist() == [[0, 0], [1, 0], [2, 0], [1, 0]]
+    assert [kinds_of(policy(), fp8) for fp8 in (True, False)] == [3, 1]
+    assert kinds_of(find("dense"), True) == 1
     assert torch.equal(with_fp8.cells, without.cells)
 
 
@@ -237,6 +239,7 @@ KEY_EDITS = [
     {"modes.half.keep": 1.0},
     {"modes.window.window": [1, 2, 3]},
     {"modes.half": {"pattern": "radial", "keep": 0.3}},
+    {"modes.window.scales": {"qk": [2, 2, 2]}},
     {"schedule": [{"noise": "1..0", "use": "half8"}]},
     {"schedule.0.noise": "1..0.8", "schedule.1.noise": "0.8..0.4"},
     {"except": [{"layers": 0, "use": "window"}]},
@@ -288,12 +291,94 @@ def test_a_plan_holds_every_pattern_once(texts: tuple[int, int]) -> None:
     assert found.list_ptr[PATTERNS - 1, -1] == len(found.list_idx), "nothing is stored unused"
     assert found.gather is lay.gather
     assert found.valid is lay.valid
-    for name, (pattern, _) in zip(table.mode_names, table.modes.tolist(), strict=False):
+    for name, (pattern, *_) in zip(table.mode_names, table.modes.tolist(), strict=False):
         ptr, idx = lists(p.modes[name], lay)
         start, stop = found.list_ptr[pattern, 0], found.list_ptr[pattern, -1]
         assert torch.equal(found.list_ptr[pattern] - start, ptr)
         assert torch.equal(found.list_idx[start:stop], idx)
     assert (found.list_ptr[3:] == found.list_ptr[2]).all(), "padding repeats the last pattern"
+
+
+def every_pattern(**more) -> Policy:
+    """One mode for each kind of pattern, most of which are not symmetric."""
+    modes = {
+        "near": {"pattern": "near", "keep": 0.37, "weights": [2, 1, 1]},
+        "window": {"pattern": "window", "window": [2, 3, 1], "dtype": "fp8"},
+        "frame": {"pattern": "frame", "keep": 0.3},
+        "radial": {"pattern": "radial", "keep": 0.2},
+        "explicit": {"pattern": "explicit", "offsets": [[0, 0, 1], [1, 0, 0], [0, -2, 1]]},
+    }
+    schedule = [{"noise": "1..0", "use": "near"}]
+    return Policy.from_dict({"fpsc": 1, "modes": modes, "schedule": schedule, **more})
+
+
+@pytest.mark.parametrize("texts", [(0, 0), (130, 7)], ids=["video", "joint"])
+def test_the_lists_back_are_the_transpose(texts: tuple[int, int]) -> None:
+    lay = layout((7, 20, 30), (2, 5, 6), *texts)
+    found = plan(every_pattern(), lay)
+    n = lay.n_tiles
+
+    def matrix(ptr: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+        seen = torch.zeros(n, n, dtype=torch.bool)
+        for tile, (start, stop) in enumerate(pairwise(ptr.tolist())):
+            entries = idx[start:stop].tolist()
+            assert entries == sorted(set(entries))
+            seen[tile, entries] = True
+        return seen
+
+    assert found.back_ptr.shape == found.list_ptr.shape and found.back_ptr.dtype == torch.int32
+    assert found.back_idx.shape == found.list_idx.shape and found.back_idx.dtype == torch.int32
+    lopsided = 0
+    for pattern in range(PATTERNS):
+        seen = matrix(found.list_ptr[pattern], found.list_idx)
+        assert torch.equal(matrix(found.back_ptr[pattern], found.back_idx), seen.T)
+        lopsided += not torch.equal(seen, seen.T)
+    assert lopsided > 0, "a symmetric pattern shows nothing"
+
+
+def test_long_lists_come_first_in_the_order() -> None:
+    lay = layout((7, 20, 30), (2, 5, 6), 130, 7)
+    found = plan(every_pattern(), lay)
+    assert (found.order.shape, found.order.dtype) == ((PATTERNS, lay.n_tiles), torch.int32)
+    for order, ptr in zip(found.order.tolist(), found.list_ptr, strict=True):
+        lengths = ptr.diff().tolist()
+        assert sorted(order) == list(range(lay.n_tiles))
+        assert order == sorted(order, key=lambda u: -lengths[u].bit_length())
+    assert found.order[0, :3].tolist() == [0, 1, lay.n_tiles - 1], "text sees everything"
+    lengths = torch.tensor([[0, 0, 1, 3, 7, 11, 19, 27, 28]])  # of 0, 1, 2, 4, 4, 8, 8 and 1
+    assert longest_first(lengths.numpy()).tolist() == [[5, 6, 3, 4, 2, 1, 7, 0]]
+
+
+def test_modes_share_scales_as_the_policy_says() -> None:
+    scales = ["tile", [1, 1, 1], [2, 3, 2], "head", [2, 3, 2], [9, 9, 9]]
+    modes = {
+        f"m{i}": {"keep": 1.0, "dtype": "fp8", "scales": {"qk": qk}} for i, qk in enumerate(scales)
+    }
+    p = Policy.from_dict({"fpsc": 1, "modes": modes, "schedule": [{"noise": "1..0", "use": "m0"}]})
+    table = resolve(p, layers=1, heads=1, fp8=True)
+    assert table.modes[: len(scales), 2].tolist() == [0, 0, 1, 2, 1, 3]
+
+    lay = layout((7, 20, 30), (2, 5, 6), 130, 7)  # 4 x 4 x 5 tiles, 2 of text before, 1 after
+    groups = plan(p, lay).groups
+    assert (groups.shape, groups.dtype) == ((GROUPINGS, lay.n_tiles), torch.int32)
+    assert groups[0].tolist() == list(range(lay.n_tiles))
+    for row, (t, y, x) in {1: (2, 3, 2), 2: (4, 4, 5), 3: (9, 9, 9)}.items():
+        expected = [0, 1]
+        for tile in range(4 * 4 * 5):
+            a, b, c = tile // 20, tile // 5 % 4, tile % 5
+            expected.append(2 + (a - a % t) * 20 + (b - b % y) * 5 + c - c % x)
+        assert groups[row].tolist() == [*expected, 82]
+    assert (groups[4:] == groups[3]).all(), "padding repeats the last grouping"
+
+
+def test_as_many_groupings_as_modes() -> None:
+    modes = {f"m{i}": {"dtype": "fp8", "scales": {"qk": [1, 1, 2 + i]}} for i in range(MODES)}
+    p = Policy.from_dict({"fpsc": 1, "modes": modes, "schedule": [{"noise": "1..0", "use": "m0"}]})
+    groups = plan(p, layout((1, 1, 200), (1, 1, 2))).groups
+    table = resolve(p, layers=1, heads=1, fp8=True)
+    assert table.modes[:, 2].tolist() == list(range(1, MODES + 1))
+    for i in range(MODES):
+        assert len(groups[i + 1].unique()) == -(-100 // (2 + i))
 
 
 def test_keep_counts_video_tiles_only() -> None:
@@ -318,7 +403,9 @@ def test_tensors_are_ordinary_under_inference_mode() -> None:
     with torch.inference_mode():
         table = resolve(policy(), layers=1, heads=1, fp8=True)
         found = plan(policy(), layout((5, 7, 11), (2, 3, 4)))
-    tensors = (table.edges, table.cells, table.modes, found.list_ptr, found.list_idx, found.keep)
+    tensors = [table.edges, table.cells, table.modes]
+    tensors += [x for x in vars(found).values() if isinstance(x, torch.Tensor)]
+    assert len(tensors) == 12
     assert not any(t.is_inference() for t in tensors)
 
 

@@ -1,0 +1,12 @@
+"""The kinds of cell that a call may have: bits of the op's `kinds`, known when it is compiled."""
+
+INPUT_CELLS = 1
+"""Some cells are computed in the input's dtype."""
+
+FP8_CELLS = 2
+"""Some cells are FP8."""
+
+GROUPED_CELLS = 4
+"""Some FP8 cells share scales between tiles."""
+
+ALL_CELLS = INPUT_CELLS | FP8_CELLS | GROUPED_CELLS
