@@ -351,20 +351,20 @@ class Constants(CustomGraphPass):
 )
 def test_kinds_and_kernel_are_constants_of_the_graph(options, expected, phases):
     constants = Constants()
-    model, inputs = small_wan(layers=1), small_inputs((600.0,))
+    model, inputs = small_wan(), small_inputs((600.0,))
     compiled = compile_whole(model, policy=phases, post_grad_custom_pre_pass=constants, **options)
     with torch.no_grad():
         found = compiled(**inputs)[0]
         if expected[0] == 3:
             reference = reference_forward(model, inputs, Policy.load(phases))
             assert relative_rms(found, reference) <= COMPILED_FP8
-    assert constants.seen == [expected]
+    assert constants.seen == [expected] * 2
     (kernel,) = fpsc.reports()[0].kernels
     assert kernel.startswith("reference (" if expected[1] == "reference" else "cpu (the CPU kernel")
 
 
 def test_a_policy_with_other_kinds_is_another_structure(phases):
-    model, inputs = small_wan(layers=1), small_inputs((600.0,))
+    model, inputs = small_wan(), small_inputs((600.0,))
     compiled = compile_whole(model, policy=phases)
     only = {name: {**mode, "dtype": "fp8"} for name, mode in PHASES["modes"].items()}
     with torch.no_grad():
@@ -381,7 +381,7 @@ def test_a_policy_with_other_kinds_is_another_structure(phases):
 
 def test_a_grid_of_another_length_is_an_error_at_every_call(phases, monkeypatch):
     """As where a graph's symbols are read wrongly: on a GPU no table would be looked at."""
-    compiled = compile_whole(small_wan(layers=1), policy=phases)
+    compiled = compile_whole(small_wan(), policy=phases)
     with torch.no_grad():
         compiled(**small_inputs((100.0,)))
         wrong = launch.Span((3, 8, 9))
