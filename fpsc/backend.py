@@ -20,8 +20,10 @@ from torch._subclasses.fake_tensor import (
 from fpsc import roots, runtime
 from fpsc.cache_key import HOOK, CacheKey
 from fpsc.families import family_of
+from fpsc.kernels.ops import FP8_CELLS
+from fpsc.kernels.select import Choice, fp8_support, select
 from fpsc.launch import Launcher
-from fpsc.options import Options, inductor_patches, parse
+from fpsc.options import OptionError, Options, inductor_patches, parse
 from fpsc.passes import manager
 from fpsc.passes.infer_grid import Hints
 from fpsc.passes.manager import Analysis, Limits
@@ -148,6 +150,11 @@ def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) ->
             "the convention of this model's timestep is not known: every forward uses the policy's "
             'densest row; state it with options={"timestep": {"convention": "flow"}}'
         )
+    choices = _choices(analysis, state)
+    device = analysis.queries[0].device if analysis.targets else None
+    supported, reason = fp8_support(device) if device else (True, "")
+    if not supported and kinds_of(state.policy, fp8=True) & FP8_CELLS:
+        notes.append(f"fp8 modes of the policy run in the input's dtype: {reason}")
     module = state.root
     return Report(
         model=type(module).__name__ if module is not None else "",
@@ -159,9 +166,34 @@ def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) ->
         else "the root module"
         if hooked
         else "nowhere",
+        kernels=sorted({f"{choice.name} ({choice.reason})" for choice in choices}),
         notes=notes,
         _state=None,
     )
+
+
+def _kinds(analysis: Analysis, state: ModelState) -> int:
+    """The dtypes that cells of a graph's sites may have."""
+    return kinds_of(state.policy, state.runs_fp8(analysis.queries[0].device))
+
+
+def _choices(analysis: Analysis, state: ModelState) -> list[Choice]:
+    """What computes each site that is replaced.
+
+    Raises:
+        OptionError: a kernel was named that does not serve them.
+    """
+    fp8 = bool(analysis.targets) and bool(_kinds(analysis, state) & FP8_CELLS)
+    kernel = state.options.kernel
+    choices = [
+        select(q.device, q.dtype, int(q.shape[-1]), fp8=fp8, kernel=kernel)
+        for q in analysis.queries
+        if q.device.type != "meta"  # only looked at
+    ]
+    for choice in choices:
+        if choice.name is None:
+            raise OptionError(f"option 'kernel': {choice.reason}")
+    return choices
 
 
 def _check(report: Report, options: Options) -> None:
@@ -185,8 +217,8 @@ def _compile(
     patches: dict[str, Any],
 ) -> Launcher:
     threaded = state.convention if analysis.timestep is not None else None
-    kinds = kinds_of(state.policy, state.runs_fp8(analysis.queries[0].device))
-    rewritten = manager.apply(analysis, threaded, kinds=kinds, kernel=state.options.kernel)
+    kernel = state.options.kernel
+    rewritten = manager.apply(analysis, threaded, kinds=_kinds(analysis, state), kernel=kernel)
     timestep = analysis.timestep if rewritten.returns_rows else None
     launcher = Launcher(rewritten, analysis.program, state, timestep, report)
     weights = [example_inputs[t.weight.position] for t in analysis.targets if t.weight]
@@ -197,7 +229,7 @@ def _compile(
         if root.args is not None:
             state.observe(root.args, root.kwargs)
     report.attach(state)
-    structure = repr(sorted(runtime.structure_of(state.policy).items()))
+    structure = repr([*sorted(runtime.structure_of(state.policy).items()), report.kernels])
     user_hook = patches.get(HOOK, getattr(inductor_config, HOOK))
     patches = {**patches, HOOK: CacheKey(structure, user_hook)}
     fake_mode = TracingContext.get().fake_mode

@@ -61,6 +61,8 @@ def attention(
     if pattern is None:
         pattern = "window" if window is not None else "near" if keep != 1.0 else "dense"
     size = ("keep", keep) if window is None else ("window", tuple(window))
+    if len(grid) != 3:
+        raise ValueError(f"grid: expected three positive integers (T, Y, X), found {tuple(grid)}")
     t, y, x = map(int, grid)
     if prefix + t * y * x + suffix != q.shape[2]:
         raise ValueError(

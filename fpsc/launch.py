@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fpsc import roots, runtime
-from fpsc.passes.graph import Dim, Program, example
+from fpsc.passes.graph import Dim, Program, example, shape
 from fpsc.passes.infer_grid import Found
 from fpsc.passes.rewrite import PLAN, PREFIX, Rewritten
 from fpsc.policy.resolve import GROUPINGS, MODES, PATTERNS, ROWS
@@ -67,6 +67,7 @@ class Launcher:
         self._symbols = _symbol_positions(placeholders)
         query = example(rewritten.targets[0].candidate.call.query)
         assert isinstance(query, torch.Tensor)
+        self._tokens = [_tokens_of(rewritten, found) for found in rewritten.spans]
         self._heads = int(query.shape[1])
         self._batch = query.shape[0] if isinstance(query.shape[0], int) else None
         self._device = query.device
@@ -170,7 +171,9 @@ class Launcher:
                 rows = state.fallback_rows(table)
             tensors["rows"] = rows.expand(self._batch) if self._batch and len(rows) == 1 else rows
         for index, found in enumerate(self.rewritten.spans):
-            plan = state.plan(self._span(state, found, args), self._device)
+            span = self._span(state, found, args)
+            self._check(span, index, args)
+            plan = state.plan(span, self._device)
             tensors.update({f"{name}.{index}": plan.tensors[name] for name in PLAN})
         return [tensors[name] for name in self.rewritten.inputs]
 
@@ -204,6 +207,17 @@ class Launcher:
             t, y, x = grid
         return Span((t, y, x), prefix, suffix)
 
+    def _check(self, span: Span, index: int, args: Sequence[Any]) -> None:
+        """On a GPU nothing else would see that a grid is not that of the sequence."""
+        for size in self._tokens[index]:
+            tokens = self._value(size, args)
+            if tokens != span.tokens:
+                raise ValueError(
+                    f"fpsattn: grid {list(span.grid)} with {span.prefix} + {span.suffix} text "
+                    f"tokens makes {span.tokens} tokens, and this attention has {tokens}; state "
+                    'the right one with options={"grid": [T, Y, X]}'
+                )
+
     def _value(self, size: Dim, args: Sequence[Any]) -> int:
         if isinstance(size, int):
             return size
@@ -224,6 +238,12 @@ def _cells_of(table: runtime.DeviceTable, layers: Sequence[int | None]) -> Tenso
     dense = cells[:, table.table.densest]
     fallback = dense[:1].unsqueeze(1).expand(1, cells.shape[1], cells.shape[2])
     return torch.cat([fallback if i is None else cells[i : i + 1] for i in layers])
+
+
+def _tokens_of(rewritten: Rewritten, found: Found) -> set[Dim]:
+    """Lengths of the sequences that have a span."""
+    queries = [t.candidate.call.query for t in rewritten.targets if t.found == found]
+    return {size[2] for size in map(shape, queries) if size is not None}
 
 
 def _symbol_positions(

@@ -87,6 +87,7 @@ class Report:
         policy: name of the policy, and `policy_source`: why this one.
         layers: layers that the policy's table has for this model.
         timestep: where the noise level comes from.
+        kernels: the implementations that compute the replaced sites, each with the reason.
         notes: what a user should know besides.
     """
 
@@ -96,6 +97,7 @@ class Report:
     sites: list[Site]
     timestep: str = ""
     layers: int = 0
+    kernels: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _state: weakref.ref[ModelState] | None = field(default=None, repr=False)
 
@@ -137,6 +139,7 @@ class Report:
             "policy_source": self.policy_source,
             "timestep": self.timestep,
             "layers": self.layers,
+            "kernels": self.kernels,
             "notes": self.notes,
             "sites": [asdict(s) for s in self.sites],
             "phases": [asdict(p) for p in self.phases],
@@ -146,6 +149,7 @@ class Report:
         lines = [self.summary(), f"  policy {self.policy} ({self.policy_source})"]
         if self.timestep:
             lines.append(f"  timestep from {self.timestep}")
+        lines += [f"  kernel {kernel}" for kernel in self.kernels]
         groups = Counter(
             (s.role, s.replaced, s.reason, s.grid, s.grid_source, s.q_shape) for s in self.sites
         )

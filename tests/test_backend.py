@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fpsc
+from fpsc import backend, launch, runtime
 from fpsc.policy import Policy
 from tests.thresholds import COMPILED_DENSE, COMPILED_FP8, COMPILED_GRAD, relative_rms
 from tests.wan import PHASES, reference_forward, small_inputs, small_wan
@@ -223,9 +225,12 @@ def test_strict_raises_where_attention_stays_dense():
         ({"strict": "perhaps"}, "option 'strict'"),
         ({"timestep": {"convention": "wan"}}, "expected one of flow"),
         ({"policy": "wann"}, "wann"),
+        ({"kernel": "tritn"}, "option 'kernel'.*expected one of auto, cpu, triton, reference"),
+        ({"kernel": "triton", "policy": "dense"}, "option 'kernel': .* set TRITON_INTERPRET=1"),
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_bad_options_are_named(options, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     compiled = torch.compile(small_wan(), backend="fpsattn", options=options)
     with torch.no_grad(), pytest.raises(Exception, match=message):
         compiled(**small_inputs())
@@ -302,9 +307,91 @@ def test_fp8_cells_without_emulation_are_computed_in_the_input_dtype(phases):
     assert relative_rms(found, expected) <= COMPILED_DENSE
 
 
-def test_user_options_reach_inductor_and_the_users_own_pass_runs(phases):
-    from torch._inductor.custom_graph_pass import CustomGraphPass
+def test_a_device_without_fp8_computes_in_the_input_dtype_and_says_so(phases, monkeypatch):
+    for module in (backend, runtime):
+        monkeypatch.setattr(module, "fp8_support", lambda device: (False, "it is old"))
+    found = {}
+    for policy in (phases, "dense"):
+        torch._dynamo.reset()
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            compile_whole(small_wan(), policy=policy)(**small_inputs((100.0,)))
+        found[policy] = [str(w.message) for w in caught if "fp8" in str(w.message)]
+    note = "fp8 modes of the policy run in the input's dtype: it is old"
+    assert found == {phases: [f"fpsattn: {note}"], "dense": []}
+    assert [r.notes for r in fpsc.reports()] == [[note], []]
+    assert note in str(fpsc.reports()[0])
 
+
+class Constants(CustomGraphPass):
+    """Notes the structural arguments of every attention: kinds and implementation."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.nodes:
+            if node.target is torch.ops.fpsc.attention.default:
+                names = [a.name for a in node.target._schema.arguments]
+                given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+                self.seen.append((given.get("kinds", 3), given.get("implementation", "auto")))
+
+    def uuid(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (3, "auto")),
+        ({"emulate_fp8": False, "kernel": "cpu"}, (1, "cpu")),
+        ({"kernel": "reference"}, (3, "reference")),
+    ],
+    ids=str,
+)
+def test_kinds_and_kernel_are_constants_of_the_graph(options, expected, phases):
+    constants = Constants()
+    model, inputs = small_wan(), small_inputs((600.0,))
+    compiled = compile_whole(model, policy=phases, post_grad_custom_pre_pass=constants, **options)
+    with torch.no_grad():
+        found = compiled(**inputs)[0]
+        if expected[0] == 3:
+            reference = reference_forward(model, inputs, Policy.load(phases))
+            assert relative_rms(found, reference) <= COMPILED_FP8
+    assert constants.seen == [expected] * 2
+    (kernel,) = fpsc.reports()[0].kernels
+    assert kernel.startswith("reference (" if expected[1] == "reference" else "cpu (the CPU kernel")
+
+
+def test_a_policy_with_other_kinds_is_another_structure(phases):
+    model, inputs = small_wan(), small_inputs((600.0,))
+    compiled = compile_whole(model, policy=phases)
+    only = {name: {**mode, "dtype": "fp8"} for name, mode in PHASES["modes"].items()}
+    with torch.no_grad():
+        compiled(**inputs)
+        with pytest.raises(fpsc.StructureError, match="dtypes"):
+            fpsc.set_policy(model, Policy.from_dict({**PHASES, "modes": only}))
+        scales = {"modes.window.scales": {"qk": "head"}, "modes.near.scales": {"qk": [2, 1, 2]}}
+        changed = Policy.load(phases).with_values(scales)
+        fpsc.set_policy(model, changed)
+        with NO_RECOMPILE:
+            found = compiled(**inputs)[0]
+    assert relative_rms(found, reference_forward(model, inputs, changed)) <= COMPILED_FP8
+
+
+def test_a_grid_of_another_length_is_an_error_at_every_call(phases, monkeypatch):
+    """As where a graph's symbols are read wrongly: on a GPU no table would be looked at."""
+    compiled = compile_whole(small_wan(), policy=phases)
+    with torch.no_grad():
+        compiled(**small_inputs((100.0,)))
+        wrong = launch.Span((3, 8, 9))
+        monkeypatch.setattr(launch.Launcher, "_span", lambda *_: wrong)
+        message = r"grid \[3, 8, 9\] with 0 \+ 0 text tokens makes 216 tokens.* has 240; state"
+        with pytest.raises(ValueError, match=message):
+            compiled(**small_inputs((100.0,)))
+
+
+def test_user_options_reach_inductor_and_the_users_own_pass_runs(phases):
     class Spy(CustomGraphPass):
         seen = 0
 

@@ -276,12 +276,11 @@ def longest_first(ptr: np.ndarray) -> np.ndarray:
 def transposed(ptr: np.ndarray, idx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The lists of one pattern the other way round: for each key tile its query tiles, sorted."""
     n = len(ptr) - 1
-    queries = np.repeat(np.arange(n, dtype=np.int32), np.diff(ptr))
-    # Sorting integers of 16 bits is a radix sort.
-    keys = idx.astype(np.uint16) if n <= 1 << 16 else idx
-    counts = np.bincount(idx, minlength=n)
-    back_ptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    return back_ptr, queries[np.argsort(keys, kind="stable")]
+    seen = np.zeros((n, n), bool)
+    seen.reshape(-1)[np.repeat(np.arange(0, n * n, n), np.diff(ptr)) + idx] = True
+    back_ptr = np.concatenate([[0], np.cumsum(seen.sum(axis=0))])
+    back_idx = np.flatnonzero(seen.T) % n
+    return back_ptr.astype(np.int32), back_idx.astype(np.int32)
 
 
 def groups_of(grouping: QKScales, layout: Layout) -> np.ndarray:

@@ -22,8 +22,10 @@ from tests.kernels.cases import (
     INPUT_DTYPE,
     NEAR,
     NEAR_FP8,
+    NEAR_FP8_BOX,
     WINDOW,
     WINDOW_FP8,
+    WINDOW_FP8_HEAD,
     Tables,
     qkv,
     resolved,
@@ -99,6 +101,16 @@ def test_each_head_of_each_batch_element_has_its_mode(key_heads, masked):
     check(*qkv(t, key_heads=key_heads), t, mask)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_tiles_that_share_scales(masked):
+    """Also where query heads of one key head have different groupings."""
+    heads = [NEAR_FP8_BOX, WINDOW_FP8_HEAD, WINDOW_FP8_HEAD, DENSE]
+    t = tables((5, 7, 9), (2, 4, 3), [heads, [*heads[1:], NEAR_FP8]], prefix=3, suffix=2)
+    for key_heads in (4, 2, 1):
+        mask = torch.rand(2, t.tokens) > 0.3 if masked else None
+        check(*qkv(t, key_heads=key_heads), t, mask)
+
+
 @pytest.mark.parametrize("dim", [16, 17, 40, 64, 72, 80, 96, 128, 256])
 def test_head_dims(dim):
     t = tables((3, 5, 7), (2, 3, 4), [[NEAR, NEAR_FP8]])
@@ -123,7 +135,7 @@ SIZES = st.tuples(*[st.integers(1, 7)] * 3)
     grid=SIZES,
     tile=SIZES.filter(lambda tile: math.prod(tile) <= 128),
     text=st.tuples(st.integers(0, 9), st.integers(0, 9)),
-    modes=st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), min_size=1, max_size=2),
+    modes=st.lists(st.lists(st.integers(0, 7), min_size=4, max_size=4), min_size=1, max_size=2),
     key_heads=st.sampled_from([1, 2, 4]),
     dim=st.integers(16, 48),
     masked=st.floats(0, 1),

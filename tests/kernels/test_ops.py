@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,17 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.optests import aot_autograd_check
 
-from fpsc.kernels import ops, reference
+from fpsc.kernels import cpu, ops, reference
+from fpsc.kernels.checks import check_lengths, check_rows, check_values
+from fpsc.kernels.saved import Saved, new_saved
 from tests.kernels.cases import (
     DENSE,
     DENSE_FP8,
     NEAR,
     NEAR_FP8,
+    NEAR_FP8_BOX,
     WINDOW,
+    WINDOW_FP8_HEAD,
     Tables,
     qkv,
+    resolved,
     tables,
 )
 from tests.thresholds import (
@@ -211,6 +219,112 @@ def test_compiled_once_for_any_number_in_the_tables():
     assert counters["stats"]["unique_graphs"] == 1
 
 
+class FakeTriton(ModuleType):
+    """Stands for the Triton kernels: records what it is given, answers the right shapes."""
+
+    def __init__(self) -> None:
+        super().__init__("fpsc.kernels.triton.attention")
+        self.given: list[tuple[Any, ...]] = []
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        out, lse, _ = cpu.forward(q, k, v, *rest)
+        *_, gather, _, _, _, kinds = rest
+        if not kinds & ops.FP8_CELLS:
+            return out, lse, None
+        saved = new_saved(q, k, *gather.shape)
+        return (
+            out,
+            lse,
+            Saved(*(torch.ones_like(x, dtype=torch.float32).to(x.dtype) for x in saved)),
+        )
+
+    def backward(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        self.given.append(given)
+        out, k8 = given[4], given[6].k8 if given[6] else given[2]
+        B, _, N, D = out.shape
+        like_k = out.new_ones(B, k8.shape[1], N, D)
+        return out.new_ones(out.shape), like_k, like_k.clone()
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> FakeTriton:
+    fake = FakeTriton()
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return fake
+
+
+ALL_FP8 = [[DENSE_FP8, NEAR_FP8], [NEAR_FP8_BOX, WINDOW_FP8_HEAD]]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "heads"), [(1, [[DENSE, NEAR]] * 2), (2, ALL_FP8), (3, MIXED)], ids=str
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_backward_gets_what_it_needs_and_no_more(kinds, heads, compiled, triton):
+    t = small(heads, prefix=3)
+    q, k, v = (x.detach().requires_grad_() for x in qkv(t, dim=40, key_heads=1))
+    function = torch.compile(attend, fullgraph=True) if compiled else attend
+    out = function(q, k, v, t, kinds=kinds, kernel="triton")
+    if not compiled:
+        kept = [x for x in out.grad_fn.saved_tensors if x is not None]
+        assert any(x.data_ptr() == k.data_ptr() for x in kept) == (kinds != 2)
+    out.sum().backward()
+    ((_, q_, k_, v_, _, _, saved, modes, *rest),) = triton.given
+    assert [x is None for x in (q_, k_, v_)] == [kinds == 2] * 3
+    assert torch.equal(modes, resolved(t)) and rest[-1] == kinds
+    for found, expected in zip(rest, t[3:], strict=False):
+        assert torch.equal(found, expected)
+    if kinds == 1:
+        assert saved is None
+        return
+    assert [tuple(x.shape) for x in saved] == [
+        (2, 2, 63), (2, 2, 9, 128, 64), (2, 1, 9, 128, 64), (2, 1, 64, 9 * 128), (2, 2, 9),
+        (2, 1, 9), (2, 1, 64),
+    ]  # fmt: skip
+    assert all((x.float() == 1).all() for x in saved)
+    assert q.grad.shape == q.shape and k.grad.shape == k.shape
+
+
+@pytest.mark.parametrize("kinds", [1, 2, 3])
+@pytest.mark.parametrize("kernel", ["cpu", "reference", "triton"])
+def test_fakes_answer_the_shapes_of_every_implementation(kernel, kinds, triton):
+    t = small({1: [[DENSE, NEAR]] * 2, 2: ALL_FP8, 3: MIXED}[kinds], suffix=2)
+    q, k, v = (x.detach().requires_grad_() for x in qkv(t, dim=16, key_heads=1))
+    args = (q, k, v, *t, None, 0.2, 0, kinds, kernel)
+    torch.library.opcheck(torch.ops.fpsc.attention, args, test_utils=("test_faketensor",))
+    real = torch.ops.fpsc.attention(*args)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        faked = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args]
+        fake = torch.ops.fpsc.attention(*faked)
+    for x, y in zip(real, fake, strict=True):
+        assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+        assert x.requires_grad == (x is real[0])
+
+
+def test_explicit_kernels_give_the_same_numbers():
+    t = small(ALL_FP8, prefix=3)
+    q, k, v = (x.detach().requires_grad_() for x in qkv(t, key_heads=1))
+    by_cpu, by_reference = (attend(q, k, v, t, kernel=name) for name in ("cpu", "reference"))
+    assert relative_rms(by_cpu, by_reference) <= KERNEL_FP8
+    assert not torch.equal(by_cpu, by_reference), "both ran the same code"
+    found = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (by_cpu, by_reference))
+    for x, y in zip(*found, strict=True):
+        assert relative_rms(x, y) <= KERNEL_FP8_GRAD
+
+
+def test_values_are_read_on_the_cpu_alone():
+    """On another device the checks look at shapes only: meta tensors have no values to read."""
+    t = small()
+    on_meta = [x.to("meta") for x in t]
+    lists = on_meta[3:]
+    check_lengths(2, on_meta[0], *lists)
+    check_rows(*on_meta[:3])
+    check_values(10**6, torch.empty(2, 2, 3, device="meta"), *lists, 3)
+    with pytest.raises(ValueError, match="expected q's device cpu, got meta"):
+        attend(*qkv(t), t._replace(order=t.order.to("meta")))
+
+
 def int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -248,7 +362,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "groups length": (lambda a, t: a.update(groups=t.groups[:, 1:]), "groups: expected 8 entries"),
     "groupings": (lambda a, t: a.update(groups=t.groups[:0]), "expected 0..-1 (rows of groups)"),
     "patterns": (lambda a, t: a.update(modes=t.modes + int32(2, 0, 0)), "expected 0..2 (rows of"),
-    "dtypes of modes": (lambda a, t: a.update(modes=t.modes + int32(0, 1, 0)), "modes: dtypes: exp"),
+    "dtypes of modes": (lambda a, t: a.update(modes=t.modes + int32(0, 1, 0)), "dtypes: expected"),
     "modes": (lambda a, t: a.update(modes=t.modes[:, :2]), "expected 3 columns"),
     "kinds": (lambda a, t: a.update(kinds=4), "kinds: expected a sum of 1"),
     "no fp8": (lambda a, t: a.update(kinds=1), "kinds: 1 leaves out dtype 1, which cells have"),

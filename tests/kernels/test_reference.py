@@ -15,8 +15,10 @@ from tests.kernels.cases import (
     DENSE_FP8,
     NEAR,
     NEAR_FP8,
+    NEAR_FP8_BOX,
     WINDOW,
     WINDOW_FP8,
+    WINDOW_FP8_HEAD,
     Tables,
     qkv,
     resolved,
@@ -132,6 +134,52 @@ def test_each_tile_of_q_and_k_has_its_own_scale():
     assert relative_rms(out_loud[0, 0, seen], out[0, 0, seen]) > 0.5
 
 
+def test_tiles_of_a_group_share_one_scale():
+    """The operands against e4m3 with scales taken group by group, written out."""
+    t = tables((3, 4, 6), (1, 2, 2), [[NEAR_FP8_BOX, WINDOW_FP8_HEAD]], prefix=5, suffix=2)
+    q, k, v = qkv(t)
+    mask = torch.rand(1, t.tokens) > 0.3
+    tiles = reference.tile_rows(t.gather, t.valid)
+    # 3 x 2 x 3 tiles of video after one of text; boxes of 2 x 1 x 2 tiles.
+    boxes = [
+        [0],
+        [1, 2, 7, 8],
+        [3, 9],
+        [4, 5, 10, 11],
+        [6, 12],
+        [13, 14],
+        [15],
+        [16, 17],
+        [18],
+        [19],
+    ]
+    whole = [[0], list(range(1, 19)), [19]]
+    for cell, groups in zip(
+        reference.cells(q, k, resolved(t), t.groups, mask), (boxes, whole), strict=True
+    ):
+        assert sorted(u for group in groups for u in group) == list(range(len(tiles)))
+        x, y = q[0, cell.h], k[0, cell.g]
+        found = reference.operands(x, y, v[0, cell.g], tiles, cell, SCALE)
+        y = y - y[mask[0]].mean(0)
+        for group in groups:
+            rows = torch.cat([tiles[u] for u in group])
+            for real, rounded, counts in (
+                (x, found.q_ND, rows),
+                (y, found.k_ND, rows[mask[0, rows]]),
+            ):
+                s = real[counts].abs().max() / 448 if len(counts) else torch.ones(())
+                expected = (real[rows] / s).clamp(-448, 448).to(torch.float8_e4m3fn).float() * s
+                assert relative_rms(rounded[rows], expected) <= KERNEL_FP8
+
+
+def test_k_has_the_finest_grouping_of_the_fp8_cells_that_read_it():
+    heads = [[NEAR_FP8_BOX, WINDOW_FP8_HEAD, NEAR, WINDOW_FP8_HEAD], [DENSE, NEAR, NEAR_FP8, DENSE]]
+    t = tables((3, 4, 6), (1, 2, 2), heads)
+    assert reference.key_groupings(resolved(t), 2).tolist() == [[1, 2], [0, 0]]
+    assert reference.key_groupings(resolved(t), 4).tolist() == [[1, 2, 0, 2], [0, 0, 0, 0]]
+    assert reference.key_groupings(resolved(t), 1).tolist() == [[1], [0]]
+
+
 def test_p_stays_within_e4m3():
     """A row that sees one key has p = 2**8, the largest there is, and gets that key's value."""
     t = tables((1, 1, 3), (1, 1, 1), [[NEAR_FP8]])
@@ -174,7 +222,9 @@ def test_to_e4m3_rounds_to_even_and_saturates():
     torch.testing.assert_close(reference.to_e4m3(x), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("modes", [[DENSE, NEAR], [DENSE_FP8, WINDOW_FP8]], ids=str)
+@pytest.mark.parametrize(
+    "modes", [[DENSE, NEAR], [DENSE_FP8, WINDOW_FP8], [NEAR_FP8_BOX, WINDOW_FP8_HEAD]], ids=str
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_backward_is_the_gradient_of_a_straight_through_forward(modes, masked):
     t = tables((3, 5, 7), (2, 3, 4), [modes], prefix=3)
