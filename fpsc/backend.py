@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 from fpsc import roots, runtime
 from fpsc.cache_key import HOOK, CacheKey
 from fpsc.families import family_of
-from fpsc.kernels.ops import FP8_CELLS
+from fpsc.kernels.kinds import FP8_CELLS
 from fpsc.kernels.select import Choice, fp8_support, select
 from fpsc.launch import Launcher
 from fpsc.options import OptionError, Options, inductor_patches, parse

@@ -9,7 +9,6 @@ from fpsc.kernels.kinds import ALL_CELLS, FP8_CELLS, GROUPED_CELLS, INPUT_CELLS
 from fpsc.kernels.select import select
 
 
-
 def check_shapes(
     q_BHND: Tensor,
     k_BGND: Tensor,

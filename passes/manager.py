@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from fpsc.kernels.kinds import ALL_CELLS
 from fpsc.passes.graph import Program, example, module_path, product
 from fpsc.passes.infer_grid import Found, Hints, infer_grid
 from fpsc.passes.match import Candidate, match
@@ -129,7 +130,7 @@ def _decide(
 
 
 def apply(
-    analysis: Analysis, convention: str | None, *, kinds: int = 3, kernel: str = "auto"
+    analysis: Analysis, convention: str | None, *, kinds: int = ALL_CELLS, kernel: str = "auto"
 ) -> Rewritten:
     """Rewrite a graph as analysed.
 

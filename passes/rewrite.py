@@ -16,6 +16,7 @@ from torch import fx
 
 import fpsc.kernels.ops
 import fpsc.kernels.rows  # noqa: F401  both register the ops that are inserted here
+from fpsc.kernels.kinds import ALL_CELLS
 from fpsc.passes.graph import Body, Program, example
 from fpsc.passes.infer_grid import Found
 from fpsc.passes.match import Candidate
@@ -63,7 +64,7 @@ def rewrite(
     timestep: fx.Node | None,
     convention: str | None,
     *,
-    kinds: int = 3,
+    kinds: int = ALL_CELLS,
     kernel: str = "auto",
 ) -> Rewritten:
     """Replace every target by `fpsc::attention`.

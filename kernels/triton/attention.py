@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fpsc.kernels.kinds import FP8_CELLS, GROUPED_CELLS, INPUT_CELLS
 from fpsc.kernels.saved import Saved, new_saved, padded_head_dim
-from fpsc.kernels.triton import configs, schedule, tune
 from fpsc.kernels.triton import backward as backward_kernels
+from fpsc.kernels.triton import configs, schedule, tune
 from fpsc.kernels.triton import forward as forward_kernels
 from fpsc.kernels.triton.configs import Config
 from fpsc.kernels.triton.launch import launch
@@ -25,6 +25,7 @@ from fpsc.kernels.triton.prologue import (
     NOTHING_BEFORE,
     Before,
     Call,
+    Lists,
     Tiles,
     copy_tiles,
     keys_of,
@@ -63,19 +64,18 @@ def forward(
     G = call.k.shape[1]
     meta = q_BHND.new_empty((B, G, len(gather), 2), dtype=torch.float32)
     heads = _heads_by_kind(modes_BH3, list_ptr)
-    seen = lists_of(list_ptr, list_idx, keys)
-    lists = (list_ptr, seen.idx, seen.visits, order, gather, valid)
+    seen, rest = lists_of(list_ptr, list_idx, keys), (order, gather, valid)
     saved = None
     if kinds & INPUT_CELLS:
         tiles = copy_tiles(call, keys, meta)
-        _attend(call, tiles, None, meta, heads[0], lists, out, lse)
+        _attend(call, tiles, None, meta, heads[0], list_ptr, seen, rest, out, lse)
     if kinds & FP8_CELLS:
         saved = new_saved(call.q, call.k, *gather.shape)
         saved.shift.zero_()
         permuted = tune.permutes_v(q_BHND.device)
         shared = groups if kinds & GROUPED_CELLS else None
         tiles = quantise(call, keys, shared, meta, saved, permuted=permuted)
-        _attend(call, tiles, saved, meta, heads[1], lists, out, lse)
+        _attend(call, tiles, saved, meta, heads[1], list_ptr, seen, rest, out, lse)
         saved.k_scale.copy_(meta[..., 0])
     return out, lse, saved
 
@@ -106,7 +106,11 @@ def backward(
     DP, (TILES, BLOCK) = padded_head_dim(D), gather.shape
     new = out_BHND.new_empty
     keys = keys_of(gather, valid, key_mask_BN, B, N)
-    G = key_heads = (k_BGND if saved is None else saved.k8).shape[1]
+    if saved is not None:
+        G = key_heads = saved.k8.shape[1]
+    else:
+        assert k_BGND is not None
+        G = key_heads = k_BGND.shape[1]
     if kinds & INPUT_CELLS and saved is not None:
         G = H  # query heads of both kinds may share a key head, whose tiles then differ
     tiles = Tiles(*(new((B, heads, TILES, BLOCK, DP)) for heads in (H, G, G)))
@@ -120,7 +124,7 @@ def backward(
     if saved is not None:
         _widen(saved, modes_BH3, tiles)
         meta[..., 0] = saved.k_scale.repeat_interleave(G // key_heads, dim=1)
-        meta[..., 1] = keys.count.unsqueeze(-2)
+        meta[..., 1] = keys.counts.unsqueeze(-2)
         shift, q_scale = saved.shift, saved.q_scale
 
     dout, out = _last_contiguous(dout_BHND), _last_contiguous(out_BHND)
@@ -152,7 +156,7 @@ def backward(
     def key_gradients(config: Config) -> None:
         launch(
             backward_kernels.key_gradients, (B * G * TILES * (BLOCK // config.BN),),
-            *operands, dk, dv, modes_BH3, back_ptr, back_idx, order, keys.gather, keys.count,
+            *operands, dk, dv, modes_BH3, back_ptr, back_idx, order, keys.gather, keys.counts,
             keys.gather_stride, keys.count_stride, *sizes,
             **fixed, **config.arguments(),
         )  # fmt: skip
@@ -161,7 +165,7 @@ def backward(
         run(tune.choose(run.__name__, out.device, out.dtype, DP, run))
     if scale < 0:  # the kernels see it in Q
         dq.neg_()
-    if G != key_heads:
+    if key_heads != G:
         dk, dv = (x.unflatten(1, (key_heads, -1)).float().sum(2).to(x.dtype) for x in (dk, dv))
     return dq, dk, dv
 
@@ -203,7 +207,9 @@ def _attend(
     saved: Saved | None,
     meta: Tensor,
     heads: Tensor,
-    lists: tuple[Tensor, ...],
+    list_ptr: Tensor,
+    seen: Lists,
+    rest: tuple[Tensor, ...],
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -220,9 +226,10 @@ def _attend(
             forward_kernels.attend, (items,),
             *tiles, saved.q_scale if saved else None, meta.view(torch.int64),
             saved.v_scale if saved else None, saved.shift if saved else None, out, lse,
-            call.modes, heads, *lists, abs(call.scale), B, H, G, N, TILES, len(lists[0]),
-            lists[1].shape[-1],
-            **call.fixed, FP8=fp8, PERMUTED=fp8 and tune.permutes_v(device), **config.arguments(), **config.schedule(),
+            call.modes, heads, list_ptr, seen.idx, seen.visits, *rest, abs(call.scale),
+            B, H, G, N, TILES, len(list_ptr), seen.idx.shape[-1],
+            **call.fixed, FP8=fp8, PERMUTED=fp8 and tune.permutes_v(device),
+            **config.arguments(), **config.schedule(),
         )  # fmt: skip
 
     run(tune.choose("fp8" if fp8 else "input", device, dtype, DP, run))
@@ -236,6 +243,6 @@ def _widen(saved: Saved, modes_BH3: Tensor, into: Tiles) -> None:
         launch(
             backward_kernels.widen_tiles, (y.shape[1] * TILES, B),
             x, y, saved.v_scale, modes_BH3, H, saved.k8.shape[1], y.shape[1], TILES,
-            DP=DP, BLOCK=BLOCK, OPERAND=operand, PERMUTED=permuted, num_warps=configs.pack_warps(DP),
+            DP=DP, BLOCK=BLOCK, OPERAND=operand, PERMUTED=permuted,
+            num_warps=configs.pack_warps(DP),
         )  # fmt: skip
-

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fpsc.kernels.triton.forward import LOG2_E, list_of, load_meta
 from fpsc.kernels.triton.pack import E4M3_MAX, Q, V, permuted, wanted
 

@@ -192,7 +192,7 @@ def _signature(kernel: Any, element: str, **given: Any) -> dict[str, Any]:
             found[name] = f"*{element}:16"
         elif name.rpartition("_")[2] in ("ptr", "idx"):
             found[name] = "*i32:16"
-        elif len(name) == 3 and name[1] == "_" or name.startswith(("dout_", "out_", "stride_")):
+        elif (len(name) == 3 and name[1] == "_") or name.startswith(("dout_", "out_", "stride_")):
             found[name] = "i64"
         else:
             found[name] = "i32"

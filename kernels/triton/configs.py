@@ -94,9 +94,7 @@ def candidates(
     return found
 
 
-def _candidates(
-    kernel: str, capability: tuple[int, int], dp: int
-) -> tuple[Config, ...]:
+def _candidates(kernel: str, capability: tuple[int, int], dp: int) -> tuple[Config, ...]:
     hopper, roomy = capability == (9, 0), capability in ((8, 0), (9, 0), (10, 0))
     if kernel == "fp8":
         if dp > 128:

@@ -132,7 +132,8 @@ def attend_tile(
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
 
     seen = total != 0.0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    total = tl.where(seen, total, 1.0)
+    acc = acc / total[:, None]
     channels = tl.arange(0, DP)
     if FP8:
         acc *= tl.load(v_scale_ptr + key_head * DP + channels)[None, :]

@@ -10,11 +10,11 @@ A product of bfloat16 is one of numbers, not of the integers that hold their bit
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import torch
+
 import triton
 import triton.language as tl
 

@@ -6,9 +6,9 @@ import contextvars
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+import triton
 from fpsc.kernels.triton import interpreter
 
 interpreter.repair()

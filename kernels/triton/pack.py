@@ -11,7 +11,7 @@ Rows beyond the tile's length are zero in Q and V, and in K copies of the first 
 
 Before anything else a row may be scaled as RMSNorm does, and rotated as rotary embeddings do:
 
-    norm      y_d = x_d * r * w_d           r: a row's own statistic (per head), or given (any heads)
+    norm      y_d = x_d * r * w_d         r: a row's own statistic (per head), or given (any heads)
     rotation  y_a = x_a * cos - x_b * sin, y_b = x_a * sin + x_b * cos
 
 with pairs (a, b) = (2 i, 2 i + 1), or (i, i + D / 2) where HALF_SPLIT; cos and sin hold one value a
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fpsc.kernels.triton.forward import LOG2_E  # noqa: F401
 
 E4M3_MAX = tl.constexpr(448.0)
@@ -100,9 +99,8 @@ def load_rows(
         x *= tl.rsqrt(tl.sum(x * x, 1) / D + epsilon)[:, None]
     if NORM == GIVEN:
         x *= tl.load(rstd_ptr + position, mask=real, other=0.0)[:, None]
-    if NORM != NONE:
-        if weight_ptr is not None:
-            x *= tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if NORM != NONE and weight_ptr is not None:
+        x *= tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     if ROTATION != NONE:
         pair = tl.arange(0, DP // 2)
         inside = real[:, None] & (pair < D // 2)[None, :]
@@ -319,8 +317,9 @@ def pack_tiles(
 
     x [B, heads, N, D] with any strides but the last -> y, tile order [B, heads, TILES, BLOCK, DP];
     V of FP8 cells [B, G, DP, TILES * BLOCK]. K also writes its meta (`forward.load_meta`); Q of FP8
-    cells its scale [B, H, TILES], and shift [B, H, N], what the mean of K took from its scores. The sign of `softmax_scale` goes into Q. gather, count: of queries, or of the keys
-    that take part; stride_gather is zero where all batch elements share them.
+    cells its scale [B, H, TILES], and shift [B, H, N], what the mean of K took from its scores. The
+    sign of `softmax_scale` goes into Q. gather, count: of queries, or of the keys that take part;
+    strides are zero where all batch elements share them.
     """
     HEADS = H if OPERAND == Q else G
     head, tile = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
@@ -382,9 +381,7 @@ def pack_tiles(
         y = x.to(y_ptr.dtype.element_ty)
         if FP8 and OPERAND == V:
             y_ptr += row.to(tl.int64) * DP * TILES * BLOCK + tile * BLOCK
-            tl.store(
-                y_ptr + d.to(tl.int64)[:, None] * (TILES * BLOCK) + rows[None, :], tl.trans(y)
-            )
+            tl.store(y_ptr + d.to(tl.int64)[:, None] * (TILES * BLOCK) + rows[None, :], tl.trans(y))
         else:
             y_ptr += (row.to(tl.int64) * TILES + tile) * BLOCK * DP
             tl.store(y_ptr + rows[:, None] * DP + d[None, :], y)

@@ -82,7 +82,7 @@ class Keys(NamedTuple):
     """The keys of each tile that take part; strides are zero where batch elements share them."""
 
     gather: Tensor
-    count: Tensor
+    counts: Tensor
     gather_stride: int
     count_stride: int
 
@@ -154,12 +154,12 @@ def lists_of(list_ptr: Tensor, list_idx: Tensor, keys: Keys) -> Lists:
     """The lists, without key tiles whose keys a mask took."""
     if keys.count_stride == 0:
         return Lists(list_idx, None)
-    (PATTERNS, bounds), B, ENTRIES = list_ptr.shape, len(keys.count), len(list_idx)
+    (PATTERNS, bounds), B, ENTRIES = list_ptr.shape, len(keys.counts), len(list_idx)
     kept = list_idx.new_empty((B, ENTRIES))
     visits = list_idx.new_empty((B, PATTERNS, bounds - 1))
     launch(
         pack.compact_lists, (bounds - 1, PATTERNS, B),
-        list_ptr, list_idx, keys.count, visits, kept, bounds - 1, ENTRIES,
+        list_ptr, list_idx, keys.counts, visits, kept, bounds - 1, ENTRIES,
         WIDTH=128, num_warps=1,
     )  # fmt: skip
     return Lists(kept, visits)
@@ -212,7 +212,7 @@ def quantise(
             where = Keys(call.gather, call.valid, 0, 0) if operand == 0 else keys
             launch(
                 pack.group_maxima, (x.shape[1] * TILES, B),
-                x, mean, call.modes, groups, where.gather, where.count, largest[operand],
+                x, mean, call.modes, groups, where.gather, where.counts, largest[operand],
                 *x.stride()[:3], where.gather_stride, where.count_stride, *before, *call.sizes,
                 **call.fixed, OPERAND=operand, **compiled_in,
                 num_warps=configs.pack_warps(DP, rotated=call.before.rotation is not None),
@@ -249,7 +249,7 @@ def _pack(
             saved.v_scale if saved is not None else None,
             saved.shift if saved is not None else None,
             call.modes, groups, largest[operand] if largest is not None and not nothing else None,
-            where.gather, where.count, *x.stride()[:3], where.gather_stride, where.count_stride,
+            where.gather, where.counts, *x.stride()[:3], where.gather_stride, where.count_stride,
             *inputs, call.scale, *call.sizes,
             **call.fixed, OPERAND=operand, FP8=saved is not None,
             PERMUTED=permuted and nothing, GROUPED=groups is not None and not nothing,

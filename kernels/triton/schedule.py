@@ -1,4 +1,4 @@
-"""Which heads have which kind of cell, the costliest first: made on the device, read by the kernels.
+"""Which heads have which kind of cell, the costliest first. Made and read on the device.
 
 A GPU takes work up in the order in which it is numbered. Heads with long lists go first, so that
 the last ones to finish are short; in a head, tiles go in the order of its pattern, for the same

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
+import triton
 from fpsc.kernels.triton import configs, interpreter
 from fpsc.kernels.triton.configs import Config
 
