@@ -91,13 +91,21 @@ class Report:
     hot_loop: HotLoop | None = None
 
 
-def compile_variant(variant: Variant, capability: int) -> Report:
-    """Compiles for a GPU that need not be there. A kernel that does not compile is a report too."""
+def compile_variant(variant: Variant, capability: int, dump: Path | None = None) -> Report:
+    """Compiles for a GPU that need not be there. A kernel that does not compile is a report too.
+
+    dump: a folder for the machine code and its listing.
+    """
     try:
         kernel, log = _compiled(variant, capability)
     except CompileError as error:
         return Report(variant.name, capability, error=str(error))
-    code = Code(_disassemble(kernel.asm["cubin"]))
+    listing = _disassemble(kernel.asm["cubin"])
+    if dump is not None:
+        stem = f"{variant.name}.sm_{capability}"
+        (dump / f"{stem}.cubin").write_bytes(kernel.asm["cubin"])
+        (dump / f"{stem}.sass").write_text(listing)
+    code = Code(listing)
     hot = code.hot_loop()
     loop = None
     if hot is not None:
@@ -270,8 +278,8 @@ def _start_worker(module: str) -> None:
     _variants.update(load(module))
 
 
-def _work(name: str, capability: int) -> Report:
-    return compile_variant(_variants[name], capability)
+def _work(name: str, capability: int, dump: Path | None) -> Report:
+    return compile_variant(_variants[name], capability, dump)
 
 
 def _pool(module: str, processes: int) -> ProcessPoolExecutor:
@@ -279,12 +287,14 @@ def _pool(module: str, processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, spawn, _start_worker, (module,))
 
 
-def compile_all(module: str, tasks: list[tuple[str, int]]) -> Iterator[Report]:
+def compile_all(
+    module: str, tasks: list[tuple[str, int]], dump: Path | None = None
+) -> Iterator[Report]:
     """Reports in the order in which they are done. A compiler that crashes costs one report."""
     lost = []
     with _pool(module, min(PROCESSES, len(tasks))) as pool:
         futures: dict[Future[Report], tuple[str, int]] = {
-            pool.submit(_work, *task): task for task in tasks
+            pool.submit(_work, *task, dump): task for task in tasks
         }
         for future in as_completed(futures):
             try:
@@ -294,7 +304,7 @@ def compile_all(module: str, tasks: list[tuple[str, int]]) -> Iterator[Report]:
     for name, capability in lost:
         with _pool(module, 1) as pool:
             try:
-                yield pool.submit(_work, name, capability).result()
+                yield pool.submit(_work, name, capability, dump).result()
             except BrokenProcessPool:
                 yield Report(name, capability, error="the compiler crashed")
 
@@ -419,6 +429,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write; without --check, the table")
     parser.add_argument("--check", action="store_true", help="compare with the table; leave it")
     parser.add_argument("--limits-only", action="store_true", help="with --check: do not compare")
+    parser.add_argument("--dump", type=Path, help="folder for the machine code and its listings")
     parser.add_argument("--variants", default=VARIANTS, help="the module that has variants()")
     arguments = parser.parse_args()
 
@@ -446,8 +457,10 @@ def main() -> None:
         if earlier["triton"] != triton.__version__:
             sys.exit(f"{path} is of Triton {earlier['triton']}: make all of it anew")
 
+    if arguments.dump is not None:
+        arguments.dump.mkdir(parents=True, exist_ok=True)
     reports = []
-    for report in compile_all(arguments.variants, tasks):
+    for report in compile_all(arguments.variants, tasks, arguments.dump):
         reports.append(report)
         done = f"[{len(reports)}/{len(tasks)}] {report.name} sm_{report.capability}"
         print(done, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
