@@ -43,7 +43,7 @@ from bench.machine_code import TENSOR, Code, count  # noqa: E402
 from fpsc.kernels.triton.variants import CAPABILITIES, Variant  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "sass.json"
-VARIANTS = "fpsc.kernels.triton.configs"
+VARIANTS = "fpsc.kernels.triton.catalogue"
 PROCESSES = 2
 HOT_LOOP_KEYS = 128
 
@@ -240,8 +240,9 @@ def broken(variant: Variant, report: Report) -> list[str]:
         return [f"does not compile: {report.error}"]
     problems = []
     capability = report.capability
-    if variant.product is not None:
-        expected = PRODUCTS[capability][variant.product]
+    on_tensor_cores = variant.product not in (None, "fp32")
+    if on_tensor_cores:
+        expected = PRODUCTS[capability][str(variant.product)]
         if not expected & report.tensor.keys():
             names = " or ".join(sorted(expected))
             problems.append(f"expected {names} for {variant.product}, found {report.tensor}")
@@ -252,7 +253,7 @@ def broken(variant: Variant, report: Report) -> list[str]:
         if spilled:
             problems.append(f"expected no spills, found {spilled} bytes")
         problems += [f"expected no loss, found {loss}" for loss in report.losses]
-    if variant.role == "forward" and variant.head_dim == 128:
+    if variant.role == "forward" and variant.head_dim == 128 and on_tensor_cores:
         limit = HOT_LOOP_SPECIALISED if variant.specialised else HOT_LOOP_PORTABLE
         found = report.hot_loop.per_128_keys if report.hot_loop else None
         if found is None or found > limit:

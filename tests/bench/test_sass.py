@@ -316,6 +316,10 @@ def test_limits_of_specialised_kernels_and_other_gpus() -> None:
     assert sass.broken(replace(VARIANTS["fp8"], head_dim=256), replace(GOOD, spill_loads=4)) == []
 
 
+def test_products_of_float32_need_no_tensor_core() -> None:
+    assert sass.broken(replace(VARIANTS["bf16"], product="fp32"), sass.Report("bf16", 90)) == []
+
+
 def test_check_fails_at_a_broken_limit(folder: Path, checkout: Path) -> None:
     arguments = ("--variants", KERNELS, "--check", "--limits-only", "--capability", "90", "--only")
     good = command.sass(checkout, *arguments, "^bf16$")
