@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stdout
@@ -261,17 +261,21 @@ def broken(variant: Variant, report: Report) -> list[str]:
     return problems
 
 
+Place = tuple[str, int]  # name and capability: a row of the table
+Variants = dict[Place, Variant]
+
 # A worker imports the variants anew: functions of triton.jit cannot be sent to another process.
-_variants: dict[str, Variant] = {}
+_variants: Variants = {}
 
 
-def load(module: str) -> dict[str, Variant]:
-    """The variants that a module's `variants()` yields, by name."""
-    found: dict[str, Variant] = {}
+def load(module: str) -> Variants:
+    """What a module's `variants()` yields, for every capability on its own."""
+    found: Variants = {}
     for variant in importlib.import_module(module).variants():
-        if variant.name in found:
-            raise ValueError(f"{module}: two variants have the name {variant.name!r}")
-        found[variant.name] = variant
+        for capability in variant.capabilities:
+            if (variant.name, capability) in found:
+                raise ValueError(f"{module}: two variants have the name {variant.name!r}")
+            found[variant.name, capability] = variant
     return found
 
 
@@ -280,7 +284,7 @@ def _start_worker(module: str) -> None:
 
 
 def _work(name: str, capability: int, dump: Path | None) -> Report:
-    return compile_variant(_variants[name], capability, dump)
+    return compile_variant(_variants[name, capability], capability, dump)
 
 
 def _pool(module: str, processes: int) -> ProcessPoolExecutor:
@@ -288,13 +292,11 @@ def _pool(module: str, processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, spawn, _start_worker, (module,))
 
 
-def compile_all(
-    module: str, tasks: list[tuple[str, int]], dump: Path | None = None
-) -> Iterator[Report]:
+def compile_all(module: str, tasks: list[Place], dump: Path | None = None) -> Iterator[Report]:
     """Reports in the order in which they are done. A compiler that crashes costs one report."""
     lost = []
     with _pool(module, min(PROCESSES, len(tasks))) as pool:
-        futures: dict[Future[Report], tuple[str, int]] = {
+        futures: dict[Future[Report], Place] = {
             pool.submit(_work, *task, dump): task for task in tasks
         }
         for future in as_completed(futures):
@@ -399,7 +401,7 @@ def write(path: Path, table: Document) -> None:
 
 
 def differences(
-    committed: Document, reports: Iterable[Report], variants: Mapping[str, Variant]
+    committed: Document, reports: Iterable[Report], variants: Iterable[Place]
 ) -> list[str]:
     """Where a table made by the same Triton says something else, or has rows of no variant."""
     before = {(r.name, r.capability): asdict(r) for r in reports_of(committed)}
@@ -416,8 +418,7 @@ def differences(
         ]
     return problems + [
         f"{name} sm_{capability}: in the committed table, but no such variant"
-        for name, capability in before
-        if name not in variants or capability not in variants[name].capabilities
+        for name, capability in sorted(set(before) - set(variants))
     ]
 
 
@@ -437,9 +438,8 @@ def main() -> None:
     variants = load(arguments.variants)
     tasks = [
         (name, capability)
-        for name, variant in variants.items()
+        for name, capability in variants
         if arguments.only is None or arguments.only.search(name)
-        for capability in variant.capabilities
         if capability in arguments.capability
     ]
     if not tasks:
@@ -453,7 +453,7 @@ def main() -> None:
             "pass --limits-only, or use that version"
         )
     earlier: Document = {"kernels": {}}
-    if path is not None and len(tasks) < sum(len(v.capabilities) for v in variants.values()):
+    if path is not None and len(tasks) < len(variants):
         earlier = read(path)
         if earlier["triton"] != triton.__version__:
             sys.exit(f"{path} is of Triton {earlier['triton']}: make all of it anew")
@@ -469,16 +469,15 @@ def main() -> None:
     show(reports)
     if path is not None:
         kept = {
-            name: {sm: row for sm, row in of.items() if int(sm) in variants[name].capabilities}
+            name: {sm: row for sm, row in of.items() if (name, int(sm)) in variants}
             for name, of in earlier["kernels"].items()
-            if name in variants
         }
         write(path, document(reports, {"kernels": kept}))
 
     problems = [
         f"{report.name} sm_{report.capability}: {problem}"
         for report in reports
-        for problem in broken(variants[report.name], report)
+        for problem in broken(variants[report.name, report.capability], report)
     ]
     if compare:
         problems += differences(committed, reports, variants)

@@ -20,7 +20,7 @@ FP8_CAPABILITIES = CAPABILITIES[1:]  # Ampere has no e4m3
 class Variant:
     """A kernel with the types, constants and options of one launch.
 
-    name             unique; it names the row of the table
+    name             names the row of the table; another GPU may have another of the same name
     signature        for each argument a type ("*bf16:16", "i32", "fp32"; ":16" where a pointer or
                      number is divisible by 16), or the value of a constexpr
     options          num_warps, num_stages, maxnreg, ...: what the launch passes to Triton
