@@ -345,10 +345,11 @@ def show(reports: list[Report]) -> None:
         return
     table = Table(title=f"Triton {triton.__version__}")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("kernel", "tensor") else "right")
+        left = column in ("kernel", "tensor")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
     for report in reports:
         table.add_row(*cells(report))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 Document = dict[str, Any]
