@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
-Product = Literal["fp8", "bf16", "fp16"]
+Product = Literal["fp8", "bf16", "fp16", "fp32"]
 Role = Literal["forward", "backward", "prologue", "epilogue"]
 
 CAPABILITIES = (80, 89, 90, 100, 120)
@@ -20,11 +20,12 @@ FP8_CAPABILITIES = CAPABILITIES[1:]  # Ampere has no e4m3
 class Variant:
     """A kernel with the types, constants and options of one launch.
 
-    name             unique; it names the row of the table
+    name             names the row of the table; another GPU may have another of the same name
     signature        for each argument a type ("*bf16:16", "i32", "fp32"; ":16" where a pointer or
                      number is divisible by 16), or the value of a constexpr
     options          num_warps, num_stages, maxnreg, ...: what the launch passes to Triton
-    product          type of the operands of its (first) matrix product; None where it has none
+    product          type of the operands of its (first) matrix product; None where it has none.
+                     Those of fp32 are exact, and so not on tensor cores
     keys             keys that one iteration of the hot loop takes; None where it has no such loop
     specialised      warps with roles of their own: some load, others compute
     capabilities     the GPUs that it is launched on

@@ -1,0 +1,67 @@
+"""What the Triton kernels compile to, for every GPU that they are launched on, without one.
+
+The limits are in bench/sass.py, which makes the table; the committed one is checked against it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import triton
+
+from bench import sass
+from fpsc.kernels.triton.variants import CAPABILITIES
+from tests.bench import command
+
+if importlib.util.find_spec(sass.VARIANTS) is None:
+    pytest.skip("there are no kernels yet", allow_module_level=True)
+
+VARIANTS = sass.load(sass.VARIANTS)
+
+Reports = dict[tuple[str, int], sass.Report]
+
+
+@pytest.fixture(scope="session")
+def reports(tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> Reports:
+    """Everything, compiled once."""
+    path = tmp_path_factory.mktemp("machine-code") / "table.json"
+    done = command.sass(checkout, "--json", path)
+    assert done.returncode == 0, done.stderr
+    return {(r.name, r.capability): r for r in sass.reports_of(sass.read(path))}
+
+
+@pytest.mark.parametrize(("name", "capability"), VARIANTS)
+def test_limits(reports: Reports, name: str, capability: int) -> None:
+    """Tensor cores; on Hopper also no spills, no serialised products, and a short hot loop."""
+    assert sass.broken(VARIANTS[name, capability], reports[name, capability]) == []
+
+
+def test_limits_have_kernels_that_they_hold_for() -> None:
+    assert {sm for _, sm in VARIANTS} == set(CAPABILITIES)
+    assert {v.product for (_, sm), v in VARIANTS.items() if sm == 80} >= {"bf16", "fp16"}
+    hopper = [v for (_, sm), v in VARIANTS.items() if sm == sass.TUNED_CAPABILITY]
+    for head_dim in sass.TUNED_HEAD_DIMS:
+        assert {v.role for v in hopper if v.head_dim == head_dim} >= {"forward", "backward"}
+    forward = [v for v in hopper if (v.role, v.head_dim, v.product) == ("forward", 128, "fp8")]
+    assert {v.specialised for v in forward} == {False, True}
+
+
+def test_committed_table_has_all_rows_and_no_other() -> None:
+    committed = sass.reports_of(sass.read(sass.RESULTS))
+    assert {(r.name, r.capability) for r in committed} == set(VARIANTS)
+
+
+def test_committed_table_is_that_of_the_sources(reports: Reports) -> None:
+    committed = sass.read(sass.RESULTS)
+    if committed["triton"] != triton.__version__:
+        pytest.skip(f"the table is of Triton {committed['triton']}, this is {triton.__version__}")
+    assert sass.differences(committed, reports.values(), VARIANTS) == []
+
+
+def test_configurations_need_no_torch(checkout: Path) -> None:
+    """Another Triton is tried in an environment that has nothing else."""
+    code = f"import sys; sys.modules['torch'] = None; import {sass.VARIANTS} as c; c.variants()"
+    done = command.python(checkout, "-c", code)
+    assert done.returncode == 0, done.stderr
