@@ -112,5 +112,6 @@ def _tables(
     lists = plan(policy, layout(grid, policy.tile_for(grid), prefix, suffix))
     found = {"cells": table.cells, "modes": table.modes}
     found |= {name: getattr(lists, name) for name in PLAN}
-    tensors = {name: tensor.to(device) for name, tensor in found.items()}
+    with torch.inference_mode(False):  # they are kept for calls that differentiate, too
+        tensors = {name: tensor.to(device) for name, tensor in found.items()}
     return tensors | {"kinds": kinds_of(policy, fp8)}

@@ -81,10 +81,8 @@ def check_shapes(
         )
     choice = select(q_BHND.device, q_BHND.dtype, D, fp8=bool(kinds & FP8_CELLS), kernel=kernel)
     if choice.name is None:
-        raise ValueError(
-            f"q, k, v: {choice.reason}; cast or pad them, or leave this attention to "
-            "F.scaled_dot_product_attention"
-        )
+        hint = "cast or pad them, or leave this attention to F.scaled_dot_product_attention"
+        raise ValueError(f"q, k, v: {choice.reason}" + (f"; {hint}" if kernel == "auto" else ""))
     if cells.shape[2] != H:
         raise ValueError(
             f"cells: expected a mode for each of the {H} heads of q, got {cells.shape[2]}; "
