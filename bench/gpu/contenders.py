@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bench.gpu.problem import Op, Shape
+from fpsc.grid import BLOCK
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -163,7 +164,7 @@ def nothing(counts: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
 def dividing_tile(shape: Shape) -> tuple[int, int, int] | None:
     """A tile that divides the grid without a rest, in blocks that FlexAttention's kernels take.
 
-    Its tokens must be a multiple of 16; of these the one nearest to 128, then the most compact.
+    Its tokens must be a multiple of 16; of these the largest, then the most compact.
     """
     sizes = [[d for d in range(1, n + 1) if n % d == 0] for n in shape.grid]
     shapes = [
@@ -171,13 +172,11 @@ def dividing_tile(shape: Shape) -> tuple[int, int, int] | None:
         for t in sizes[0]
         for y in sizes[1]
         for x in sizes[2]
-        if t * y * x % 16 == 0 and 64 <= t * y * x <= 256
+        if t * y * x % 16 == 0 and 64 <= t * y * x <= BLOCK
     ]
-    key: Callable[[tuple[int, int, int]], tuple[int, int]] = lambda s: (  # noqa: E731
-        abs(s[0] * s[1] * s[2] - 128),
-        sum(s),
-    )
-    return min(shapes, key=key) if shapes and not shape.text else None
+    if shape.text or not shapes:
+        return None
+    return max(shapes, key=lambda tile: (tile[0] * tile[1] * tile[2], -sum(tile)))
 
 
 def flex_dividing(shape: Shape, keep: float, device: torch.device) -> Contender | None:

@@ -72,9 +72,10 @@ def recorded(run: Run, setup: Setup) -> Run:
 
 def small(setup: Setup, backward: bool) -> Record:
     torch.manual_seed(0)
-    here = tables((5, 7, 9), (2, 4, 5), NOISE_ROWS, prefix=3)
+    grid, dim = ((2, 5, 6), 16) if setup.smoke else ((5, 7, 9), 64)
+    here = tables(grid, (1, 3, 4), NOISE_ROWS, prefix=3)
     t = on(here, setup.device)
-    x = [one.to(setup.device) for one in qkv(here, dim=64, dtype=torch.bfloat16)]
+    x = [one.to(setup.device) for one in qkv(here, dim=dim, dtype=torch.bfloat16)]
     dout = torch.randn(x[0].shape).to(x[0])
 
     def run_with(t: Tables) -> list[Tensor]:

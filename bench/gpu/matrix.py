@@ -23,8 +23,10 @@ from tests.kernels.cases import (
     DENSE_FP8,
     NEAR,
     NEAR_FP8,
+    NEAR_FP8_BOX,
     WINDOW,
     WINDOW_FP8,
+    WINDOW_FP8_HEAD,
     Tables,
     qkv,
     tables,
@@ -35,7 +37,8 @@ REPEATS = 100
 ALL = ((DENSE, NEAR_FP8, NEAR, WINDOW_FP8), (WINDOW, DENSE_FP8, NEAR_FP8, DENSE))
 ALL_FP8 = ((DENSE_FP8, NEAR_FP8, NEAR_FP8, WINDOW_FP8),) * 2
 ALL_INPUT = ((DENSE, NEAR, NEAR, WINDOW),) * 2
-KINDS = {ALL_INPUT: 1, ALL_FP8: 2}
+SHARED = ((NEAR_FP8, NEAR_FP8_BOX, WINDOW_FP8_HEAD, NEAR_FP8_BOX),) * 2
+KINDS = {ALL_INPUT: 1, ALL_FP8: 2, SHARED: 2}
 SCALE = 0.2
 
 Spoil = Callable[[list[Tensor], Tables], None]
@@ -55,7 +58,6 @@ class Given:
     prefix: int = 0
     suffix: int = 0
     masked: float = 0.0
-    grouped: bool = False
     spoil: Spoil | None = None
 
 
@@ -93,7 +95,7 @@ CASES = (
     Given("every key masked", masked=1.0),
     Given("one key head", key_heads=1),
     Given("two key heads, masked", key_heads=2, masked=0.3),
-    Given("groups of tiles share scales", heads=ALL_FP8, prefix=3, grouped=True),
+    Given("groups of tiles share scales", heads=SHARED, prefix=3),
     Given("outliers and tiles of zeros", spoil=outliers),
     Given("values that are not finite", spoil=not_finite),
     Given("more tiles than a device takes at once", (13, 18, 28), (4, 4, 8), prefix=3),
@@ -116,7 +118,7 @@ CASES = (
 )
 SMOKE = (
     Given("both kinds of cell, text before", dim=16, prefix=3),
-    Given("groups of tiles share scales", heads=ALL_FP8, dim=16, grouped=True),
+    Given("groups of tiles share scales", heads=SHARED, dim=16),
     Given("values that are not finite", dim=16, spoil=not_finite),
 )
 
@@ -162,8 +164,6 @@ def check(given: Given, setup: Setup) -> Record:
         prefix=given.prefix,
         suffix=given.suffix,
     )
-    if given.grouped:
-        t = with_groups(t, given.prefix)
     x = qkv(t, dim=given.dim, key_heads=given.key_heads, dtype=given.dtype)
     if given.spoil:
         given.spoil(x, t)
@@ -237,23 +237,6 @@ def compare(
         if gradients:
             judge(name, distance(one, other, least), gradient, "")
     return {name: rounded(error) for name, error in errors.items()}, problems
-
-
-def with_groups(t: Tables, prefix: int) -> Tables:
-    """Every fp8 head shares scales in its own way: over the whole video, or over three tiles."""
-    tiles = torch.arange(len(t.valid), dtype=torch.int32)
-    text = -(-prefix // t.gather.shape[1])
-    whole, threes = tiles.clone(), tiles.clone()
-    whole[text:] = text
-    threes[text:] = text + (tiles[text:] - text) // 3 * 3
-    modes = torch.cat([t.modes, t.modes, t.modes])
-    modes[:, 2] = torch.arange(3, dtype=torch.int32).repeat_interleave(len(t.modes))
-    heads = torch.arange(t.cells.shape[2], dtype=torch.int32)
-    return t._replace(
-        groups=torch.stack([tiles, whole, threes]),
-        modes=modes,
-        cells=(t.cells + len(t.modes) * (heads % 3)).int(),
-    )
 
 
 def strided_copy(x: Tensor, device: torch.device) -> Tensor:

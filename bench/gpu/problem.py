@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fpsc.grid import Layout, layout
 from fpsc.kernels import ops
+from fpsc.passes.rewrite import PLAN
 from fpsc.policy import Policy
 from fpsc.policy.resolve import plan, resolve
-from fpsc.runtime import PLAN_FIELDS, TABLE_FIELDS
 from tests.kernels.cases import FP8, Tables, resolved
 from tests.thresholds import relative_rms
 
@@ -96,8 +96,8 @@ def tables_of(policy: Policy, tiles: Layout, heads: int, device: torch.device) -
     """What the op takes beside q, k and v, for a model of one layer."""
     table = resolve(policy, layers=1, heads=heads, fp8=True)
     lists = plan(policy, tiles)
-    found = {name: getattr(table, name) for name in TABLE_FIELDS if name != "edges"}
-    found |= {name: getattr(lists, name) for name in PLAN_FIELDS}
+    found = {name: getattr(table, name) for name in ("cells", "modes")}
+    found |= {name: getattr(lists, name) for name in PLAN}
     found["rows"] = torch.zeros(1, dtype=torch.int32)
     return {name: tensor.to(device) for name, tensor in found.items()}
 

@@ -72,7 +72,7 @@ def phases(setup: Setup) -> Record:
     policy = Policy.from_dict(PHASES)
     errors = {}
     with torch.no_grad(), saved(policy) as path:
-        compiled = fpsattn(small_wan().to(setup.device), path)
+        compiled = fpsattn(setup, small_wan().to(setup.device), path)
         for t in (950.0, 600.0, 100.0):
             inputs = small_inputs((t,), GRID)
             expected = reference_forward(small_wan(), inputs, policy)
@@ -89,8 +89,8 @@ def dense(setup: Setup) -> Record:
     with torch.no_grad():
         expected = model(**inputs)[0]
         eager = relative_rms(half(**half_inputs)[0], expected)
-        error = relative_rms(fpsattn(model, "dense")(**inputs)[0], expected)
-        found = relative_rms(fpsattn(half, "dense")(**half_inputs)[0], expected)
+        error = relative_rms(fpsattn(setup, model, "dense")(**inputs)[0], expected)
+        found = relative_rms(fpsattn(setup, half, "dense")(**half_inputs)[0], expected)
     first = judged({"float32": error}, GPU_MODEL_DENSE)
     second = judged({"bfloat16": found}, GPU_MODEL_BF16 * eager)
     return {
@@ -106,8 +106,9 @@ def turned(setup: Setup, mode: str | None) -> Record:
     model = small_wan().to(setup.device)
     counters.clear()
     with torch.no_grad(), saved(policy) as path:
-        options = {"policy": path, **({"mode": mode} if mode else {})}
-        model.compile_repeated_blocks(backend="fpsattn", fullgraph=True, options=options)
+        model.compile_repeated_blocks(
+            backend="fpsattn", fullgraph=True, options=options(setup, path, mode)
+        )
         for name, grid in (("portrait", GRID), ("landscape", TURNED), ("portrait again", GRID)):
             inputs = small_inputs((100.0,), grid)
             expected = reference_forward(small_wan(), inputs, policy)
@@ -128,7 +129,7 @@ def gradients(setup: Setup) -> Record:
     there = copy.deepcopy(model).to(setup.device)
     (reference_forward(model, inputs, policy) * weight).sum().backward()
     with saved(policy) as path:
-        out = fpsattn(there, path)(**to(inputs, setup.device))[0]
+        out = fpsattn(setup, there, path)(**to(inputs, setup.device))[0]
         (out * weight.to(setup.device)).sum().backward()
     found = dict(there.named_parameters())
     errors = {}
@@ -155,10 +156,10 @@ def judged(errors: dict[str, float], allowed: float) -> Record:
 # ---- counts and times, on a few layers of a real model
 
 
-def few_layers(setup: Setup) -> tuple[WanTransformer3DModel, Inputs]:
+def few_layers(setup: Setup, smoke_layers: int) -> tuple[WanTransformer3DModel, Inputs]:
     """Wan2.1-1.3B with four layers, at 832x480 and 81 frames; in a smoke test, the small model."""
     if setup.smoke:
-        return small_wan(), small_inputs((999.0,), GRID)
+        return small_wan(smoke_layers), small_inputs((999.0,), GRID)
     torch.manual_seed(0)
     with torch.device(setup.device):
         model = WanTransformer3DModel(num_layers=4, num_attention_heads=12, ffn_dim=8960)
@@ -173,7 +174,7 @@ def few_layers(setup: Setup) -> tuple[WanTransformer3DModel, Inputs]:
 
 def fifty(setup: Setup, mode: str | None) -> Record:
     """50 timesteps through all phases: one compile; with graphs, one recording and then replays."""
-    model, inputs = few_layers(setup)
+    model, inputs = few_layers(setup, 2)
     policy = Policy.from_dict(PHASES) if setup.smoke else find("generic")
     levels = torch.linspace(1000, 0, 6 if setup.smoke else 50, device=setup.device)
     seconds, outputs = [], []
@@ -185,7 +186,7 @@ def fifty(setup: Setup, mode: str | None) -> Record:
     with torch.inference_mode(), saved(policy) as path:
         fpsc.reports(clear=True)
         counters.clear()
-        compiled = fpsattn(model, path, mode)
+        compiled = fpsattn(setup, model, path, mode)
         for _ in range(3):  # compile and tune; record; the first replay
             step(levels[0], compiled)
         wait(setup)
@@ -278,7 +279,7 @@ def timed_eager(
 def training(setup: Setup) -> Record:
     """Forward and backward of the compiled model: one compile, finite gradients, time and memory
     beside eager."""
-    model, inputs = few_layers(setup)
+    model, inputs = few_layers(setup, 1)
     mode = {"pattern": "near", "keep": 0.25, "dtype": "fp8"}
     policy = Policy.from_dict(
         {
@@ -296,7 +297,7 @@ def training(setup: Setup) -> Record:
         run(**inputs)[0].square().mean().backward()
 
     with saved(policy) as path:
-        for name, run in (("eager", model), ("fpsattn", fpsattn(model, path))):
+        for name, run in (("eager", model), ("fpsattn", fpsattn(setup, model, path))):
             counters.clear()
             step(run)
             took = []
@@ -327,12 +328,19 @@ def training(setup: Setup) -> Record:
 # ---- small things
 
 
-def fpsattn(model: torch.nn.Module, policy: str, mode: str | None = None) -> Callable[..., Any]:
-    options = {"policy": policy, "strict": True, **({"mode": mode} if mode else {})}
+def fpsattn(
+    setup: Setup, model: torch.nn.Module, policy: str, mode: str | None = None
+) -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(
-        model, backend="fpsattn", fullgraph=True, options=options
+        model, backend="fpsattn", fullgraph=True, options=options(setup, policy, mode)
     )
     return compiled
+
+
+def options(setup: Setup, policy: str, mode: str | None) -> dict[str, Any]:
+    """A smoke test is not about Inductor's own kernels, which take a minute to compile."""
+    chosen = mode or ("lite" if setup.smoke else None)
+    return {"policy": policy, "strict": True, **({"mode": chosen} if chosen else {})}
 
 
 @dataclass

@@ -12,8 +12,8 @@ SAMPLE_MS = 10.0
 """A function that takes less is timed several times in its turn; the turn's time is the median."""
 
 FLUSH_BYTES = 512 * 2**20
-AHEAD_CYCLES = 2_000_000
-"""About a millisecond in which the host gets ahead of the device, so that launches cost nothing."""
+AHEAD_CYCLES = 4_000_000
+"""About two milliseconds in which the host gets ahead, so that its launches cost nothing."""
 
 
 class Stopwatch:
@@ -49,7 +49,7 @@ class Stopwatch:
             self.once(run)
             first[name] = self.once(run)
         samples = {name: max(1, min(5, round(SAMPLE_MS / ms))) for name, ms in first.items()}
-        turn = sum(n * (first[name] + 1.5) for name, n in samples.items()) / 1e3
+        turn = sum(n * (first[name] + 3.0) for name, n in samples.items()) / 1e3
         found: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(max(least, min(most, int(seconds / turn)))):
             for name, run in runs.items():

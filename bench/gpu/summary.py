@@ -162,6 +162,8 @@ def speedup(documents: list[Document], case: str, contender: str, expected: floa
     if not record or not found:
         return Mark(name, f"{expected}x", _why(record, contender), NOT_MEASURED)
     text = f"{found['median']:.2f}x ({found['q1']:.2f}..{found['q3']:.2f}) of {_best(record)}"
+    absent = ", ".join(record["not_timed"])
+    text += f"; not timed: {absent}" if absent else ""  # the best may be missing
     return Mark(name, f"{expected}x", text, PASS if found["median"] >= expected else MISSED)
 
 
