@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import fpsc
-from bench.gpu.problem import rounded
+from bench.gpu.problem import one_mode, rounded
 from bench.gpu.profiler import calls, kernels, profiled
 from bench.gpu.run import Case, Record, Setup
 from fpsc.kernels.select import select
@@ -68,14 +68,23 @@ def serving(setup: Setup) -> Record:
 # ---- numbers, on the small model of the tests
 
 
+def small_model(setup: Setup) -> WanTransformer3DModel:
+    return small_wan(layers=1 if setup.smoke else 2)
+
+
+def three_phases(setup: Setup) -> Policy:
+    """All tiles, half of them, one; and where there is a second layer, a head of its own in it."""
+    return Policy.from_dict({**PHASES, "except": [] if setup.smoke else PHASES["except"]})
+
+
 def phases(setup: Setup) -> Record:
-    policy = Policy.from_dict(PHASES)
+    policy = three_phases(setup)
     errors = {}
     with torch.no_grad(), saved(policy) as path:
-        compiled = fpsattn(setup, small_wan().to(setup.device), path)
+        compiled = fpsattn(setup, small_model(setup).to(setup.device), path)
         for t in (950.0, 600.0, 100.0):
             inputs = small_inputs((t,), GRID)
-            expected = reference_forward(small_wan(), inputs, policy)
+            expected = reference_forward(small_model(setup), inputs, policy)
             errors[f"timestep {t:.0f}"] = relative_rms(
                 compiled(**to(inputs, setup.device))[0].cpu(), expected
             )
@@ -84,7 +93,8 @@ def phases(setup: Setup) -> Record:
 
 def dense(setup: Setup) -> Record:
     """float32 against eager; bfloat16 no further from float32 than eager's bfloat16 is."""
-    model, inputs = small_wan().to(setup.device), to(small_inputs((500.0,), GRID), setup.device)
+    model = small_model(setup).to(setup.device)
+    inputs = to(small_inputs((500.0,), GRID), setup.device)
     half, half_inputs = copy.deepcopy(model).bfloat16(), halved(inputs)
     with torch.no_grad():
         expected = model(**inputs)[0]
@@ -101,9 +111,9 @@ def dense(setup: Setup) -> Record:
 
 def turned(setup: Setup, mode: str | None) -> Record:
     """Two grids of one length: the second compiles nothing, and both are right."""
-    policy = Policy.from_dict(PHASES)
+    policy = three_phases(setup)
     errors = {}
-    model = small_wan().to(setup.device)
+    model = small_model(setup).to(setup.device)
     counters.clear()
     with torch.no_grad(), saved(policy) as path:
         model.compile_repeated_blocks(
@@ -111,7 +121,7 @@ def turned(setup: Setup, mode: str | None) -> Record:
         )
         for name, grid in (("portrait", GRID), ("landscape", TURNED), ("portrait again", GRID)):
             inputs = small_inputs((100.0,), grid)
-            expected = reference_forward(small_wan(), inputs, policy)
+            expected = reference_forward(small_model(setup), inputs, policy)
             for _ in range(3 if mode else 1):  # warm, record, replay
                 found = model(**to(inputs, setup.device))[0].cpu()
             errors[name] = relative_rms(found, expected)
@@ -123,8 +133,8 @@ def turned(setup: Setup, mode: str | None) -> Record:
 
 
 def gradients(setup: Setup) -> Record:
-    policy = Policy.from_dict(PHASES)
-    model, inputs = small_wan(), small_inputs((600.0,), GRID)
+    policy = three_phases(setup)
+    model, inputs = small_model(setup), small_inputs((600.0,), GRID)
     weight = torch.randn(inputs["hidden_states"].shape)
     there = copy.deepcopy(model).to(setup.device)
     (reference_forward(model, inputs, policy) * weight).sum().backward()
@@ -156,10 +166,10 @@ def judged(errors: dict[str, float], allowed: float) -> Record:
 # ---- counts and times, on a few layers of a real model
 
 
-def few_layers(setup: Setup, smoke_layers: int) -> tuple[WanTransformer3DModel, Inputs]:
+def few_layers(setup: Setup) -> tuple[WanTransformer3DModel, Inputs]:
     """Wan2.1-1.3B with four layers, at 832x480 and 81 frames; in a smoke test, the small model."""
     if setup.smoke:
-        return small_wan(smoke_layers), small_inputs((999.0,), GRID)
+        return small_model(setup), small_inputs((999.0,), GRID)
     torch.manual_seed(0)
     with torch.device(setup.device):
         model = WanTransformer3DModel(num_layers=4, num_attention_heads=12, ffn_dim=8960)
@@ -174,8 +184,8 @@ def few_layers(setup: Setup, smoke_layers: int) -> tuple[WanTransformer3DModel, 
 
 def fifty(setup: Setup, mode: str | None) -> Record:
     """50 timesteps through all phases: one compile; with graphs, one recording and then replays."""
-    model, inputs = few_layers(setup, 2)
-    policy = Policy.from_dict(PHASES) if setup.smoke else find("generic")
+    model, inputs = few_layers(setup)
+    policy = three_phases(setup) if setup.smoke else find("generic")
     levels = torch.linspace(1000, 0, 6 if setup.smoke else 50, device=setup.device)
     seconds, outputs = [], []
 
@@ -279,17 +289,9 @@ def timed_eager(
 def training(setup: Setup) -> Record:
     """Forward and backward of the compiled model: one compile, finite gradients, time and memory
     beside eager."""
-    model, inputs = few_layers(setup, 1)
-    mode = {"pattern": "near", "keep": 0.25, "dtype": "fp8"}
-    policy = Policy.from_dict(
-        {
-            **PHASES,
-            "tile": PHASES["tile"] if setup.smoke else "auto",
-            "modes": {"fast": mode},
-            "schedule": [{"noise": "1..0", "use": "fast"}],
-            "except": [],
-        }
-    )
+    model, inputs = few_layers(setup)
+    fp8 = one_mode({"pattern": "near", "keep": 0.25, "dtype": "fp8"})
+    policy = three_phases(setup) if setup.smoke else fp8
     problems, record = [], {}
 
     def step(run: Callable[..., Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Mark:
 def summarise(paths: Iterable[Path]) -> int:
     """Print tables and marks; the exit code: 0 all pass, 1 some missed, 4 some not measured."""
     documents = [json.loads(path.read_text()) for path in paths]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     for document in documents:
         console.print(heading(document), markup=False, highlight=False)
         if document["part"] == "timings":
