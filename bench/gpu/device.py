@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fpsc.kernels.select import fp8_support
+
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ("fpsc", "kernels", "passes", "bench/gpu", "bench/gpu_suite.py")
 """What the results depend on, beside the libraries."""
@@ -28,8 +30,8 @@ def missing() -> list[str]:
             f"a CUDA device that torch sees (torch {torch.__version__}, built for CUDA "
             f"{torch.version.cuda or 'never'})"
         )
-    elif torch.cuda.get_device_capability() < (8, 0):
-        lacking.append(f"compute capability 8.0 or newer; {torch.cuda.get_device_name()} is older")
+    elif not fp8_support("cuda")[0]:
+        lacking.append(f"a device that computes fp8 cells: {fp8_support('cuda')[1]}")
     lacking += [
         f"the package {name}"
         for name in ("triton", "diffusers", "pydantic", "ruamel.yaml", "rich")

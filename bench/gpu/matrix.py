@@ -143,16 +143,16 @@ def poison_works(setup: Setup) -> Record:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that nothing wrote is NaN."""
-    before = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*deterministic.*")
             yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = before  # type: ignore[attr-defined]
+        torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def check(given: Given, setup: Setup) -> Record:
@@ -241,5 +241,5 @@ def compare(
 
 def strided_copy(x: Tensor, device: torch.device) -> Tensor:
     """x on a device with the strides and the misaligned start that it has here."""
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)  # type: ignore[call-overload]
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
     return storage.as_strided(x.shape, x.stride(), x.storage_offset())

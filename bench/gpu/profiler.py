@@ -47,7 +47,7 @@ def kernels(profile: Any) -> dict[str, float]:
     """Milliseconds on the device by kernel."""
     total: Counter[str] = Counter()
     for kernel in executions(profile):
-        total[kernel.name[:120]] += kernel.length / 1e3  # type: ignore[assignment]
+        total[kernel.name[:120]] += kernel.length / 1e3
     return {name: round(ms, 4) for name, ms in total.items()}
 
 
