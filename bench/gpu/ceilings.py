@@ -2,7 +2,8 @@
 
 Operations are counted on pairs of real rows in the tiles visited: two products in forward, five in
 backward (whose kernels compute two of them twice). A share is of the faster FP8 product, with fast
-accumulation, whatever the kernel accumulates in.
+accumulation, whatever the kernel accumulates in. The prologue's share is of a copy's bandwidth, for
+the fewest bytes: q, k and v read once, and written once in e4m3.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ FP8 = torch.float8_e4m3fn
 
 _ceilings: dict[str, float] = {}
 """TFLOP/s of "bf16" and "fp8" as measured in this process."""
+
+_bandwidth: list[float] = []
+"""Bytes per second of a copy, likewise; reads and writes both count."""
 
 
 def cases(setup: Setup) -> Iterator[Case]:
@@ -75,22 +79,29 @@ def copy(setup: Setup) -> Record:
     times = Stopwatch().turns({"copy": lambda: target.copy_(source)}, SECONDS, least=7)["copy"]
     record = summary(times)
     moved = 2 * source.numel()
-    return {**record, "bytes": moved, "bytes_per_second": moved / record["ms"]["median"] * 1e3}
+    _bandwidth.append(moved / record["ms"]["median"] * 1e3)
+    return {**record, "bytes": moved, "bytes_per_second": _bandwidth[-1]}
 
 
 def share(setup: Setup, keep: float, backward: bool) -> Record:
     """Rates of the main kernels alone and of the whole call, and their shares of the ceilings."""
     if not _ceilings:  # a resumed run kept the record, not the numbers
         products(setup)
+    if not _bandwidth:
+        copy(setup)
     op = Op(WAN_14B, keep, "fp8", setup.device)
     x = random_qkv(WAN_14B, torch.bfloat16, setup.device, seed=0)
     parts = apart(op, x, setup, backward=backward)
     work = op.flops(5 if backward else 2)
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name in ("main", "all"):
         rate = tflops(work, parts["ms"][name])
         found[name] = {
             "tflops": rate,
             **{f"of {kind}": round(rate / ceiling, 4) for kind, ceiling in _ceilings.items()},
         }
+    if not backward and parts["ms"]["prologue"]:
+        least = 3 * (2 + 1) * WAN_14B.tokens * WAN_14B.heads * WAN_14B.dim
+        rate = least / parts["ms"]["prologue"] * 1e3
+        found["prologue"] = {"bytes_per_second": rate, "of copy": round(rate / _bandwidth[-1], 4)}
     return {"operations": work, "rates": found, "ceilings": dict(_ceilings), **parts}

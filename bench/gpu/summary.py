@@ -19,6 +19,9 @@ CORRECTNESS = {
     "public_line": "0: the public line with real kernels",
     "matrix": "1: the kernels against the reference",
     "graphs": "2: CUDA graphs of the op",
+    "timings": "3: what is timed",
+    "ceilings": "4: ceilings and shares",
+    "profile": "5: kernels apart, memory",
 }
 
 Document = dict[str, Any]
@@ -190,7 +193,7 @@ def ceiling(documents: list[Document], contender: str, expected: float) -> Mark:
 
 def memory(documents: list[Document]) -> Mark:
     """Autograd holds less than with BF16; by how much is measured, and has no mark of its own."""
-    name = "5: memory that training holds, fp8 cells against bf16"
+    name = "memory that training holds, fp8 cells against bf16"
     record = _record(documents, "profile", "memory")
     if not record or "saved" not in record:
         return Mark(name, "less", _why(record, "memory"), NOT_MEASURED)

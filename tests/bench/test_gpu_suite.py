@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from bench import gpu_suite
 from bench.gpu import contenders, problem, profile, run
 from bench.gpu.profiler import Kernel
+from bench.gpu.public_line import replays_missing
 from bench.gpu.stopwatch import quartiles, ratio
 from bench.gpu.summary import MISSED, NOT_MEASURED, PASS, marks, summarise
 from bench.gpu.timings import Trial, compared
@@ -165,6 +167,24 @@ def test_exit_codes_of_several_parts():
     assert gpu_suite.worst([right, -9]) == wrong  # ended by a signal
 
 
+def test_a_hanging_part_is_ended_and_its_file_closed(tmp_path, monkeypatch, capsys):
+    def hang(command: list[str], **others: Any) -> None:
+        assert "--child" in command and command[command.index("--part") + 1] == "1"
+        document(tmp_path / "part1.json").start("masked keys")
+        raise subprocess.TimeoutExpired(command, others["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    given = argparse.Namespace(out=tmp_path, budget=460.0, resume=False)
+    assert gpu_suite.run_process(1, given) == gpu_suite.WRONG
+    assert "during: masked keys" in capsys.readouterr().out
+    (record,) = read(tmp_path / "part1.json")["records"]
+    assert record["name"] == "masked keys" and record["status"] == "cut"
+
+
+def test_every_part_ends_within_nine_minutes():
+    assert gpu_suite.BUDGET + gpu_suite.GRACE < 9 * 60
+
+
 # ---- marks, on made-up results
 
 
@@ -256,7 +276,7 @@ SPOILED = {
         "headline forward, fpsc keep 1, of the FP8",
         NOT_MEASURED,
     ),
-    "memory": (lambda d: d[5]["records"][0].update(saved=-0.1), "5: memory", MISSED),
+    "memory": (lambda d: d[5]["records"][0].update(saved=-0.1), "memory", MISSED),
     "not timed": (
         lambda d: d[3]["records"][1]["contenders"].pop("fpsc keep 0.25"),
         "headline backward",
@@ -268,6 +288,11 @@ SPOILED = {
         lambda d: d[1]["records"][0].update(status="cut"),
         "1: the kernels",
         NOT_MEASURED,
+    ),
+    "a wrong attention": (
+        lambda d: d[3]["records"][0].update(status="wrong"),
+        "3: what is timed",
+        MISSED,
     ),
     "a skipped case": (lambda d: d[0]["skipped"].append("x"), "0: the public", NOT_MEASURED),
     "on CPU": (lambda d: d[0]["environment"].pop("capability"), "0: the public", NOT_MEASURED),
@@ -340,6 +365,28 @@ def test_ratios_are_taken_turn_by_turn():
     assert found["contenders"]["ours"]["to_best"] == {"median": 10.0, "q1": 10.0, "q3": 10.0}
     assert found["contenders"]["ours"]["visited"] == 1.0
     assert ratio([3.0, 3.0], [1.0, 1.0]) == quartiles([3.0, 3.0])
+
+
+def test_what_speaks_against_one_recording():
+    calls = {"cudaGraphLaunch": 6, "cuLaunchKernelEx": 2}
+    good = {"calls": calls, "cudagraph_skips": 0, "recordings": {"before": 1, "after": 1}}
+    assert replays_missing(good, steps=6) == []
+    for change, message in (
+        ({"calls": {"cudaGraphLaunch": 5}}, "5 graph launches in 6 steps"),
+        ({"calls": {**calls, "cudaStreamBeginCapture": 1}}, "1 recordings were begun"),
+        ({"cudagraph_skips": 2}, "skipped CUDA graphs 2 times"),
+        ({"recordings": {"before": 0, "after": 0}}, "expected some before"),
+        ({"recordings": {"before": 1, "after": 3}}, "none during the steps"),
+    ):
+        (problem,) = replays_missing({**good, **change}, steps=6)
+        assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("grid", "tile"), [((21, 45, 80), (7, 1, 16)), ((21, 30, 52), None), ((4, 8, 32), (4, 4, 8))]
+)
+def test_tile_for_flex_attention_divides_the_grid(grid, tile):
+    assert contenders.dividing_tile(problem.Shape(grid, 1)) == tile
 
 
 def test_stages_of_a_call():
