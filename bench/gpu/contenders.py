@@ -193,7 +193,7 @@ def flex_dividing(shape: Shape, keep: float, device: torch.device) -> Contender 
     into = op.layout.gather[op.layout.gather >= 0].to(device).long()
     out_of = into.argsort()
     compiled = torch.compile(flex_attention, dynamic=False)
-    options = {"BLOCK_M": part, "BLOCK_N": part}
+    options: Any = {"BLOCK_M": part, "BLOCK_N": part}
 
     return Contender(
         f"flex keep {keep:g}, tile {'x'.join(map(str, tile))}",

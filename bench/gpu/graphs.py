@@ -6,6 +6,7 @@ Every replay must equal, in every bit, the op called eagerly with a copy of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,10 +41,7 @@ Run = Callable[[], list[Tensor]]
 def cases(setup: Setup) -> Iterator[Case]:
     for backward in (False, True):
         what = "forward and backward" if backward else "forward"
-        yield (
-            f"noise rows and an edited policy, {what}",
-            lambda backward=backward: small(setup, backward),
-        )
+        yield f"noise rows and an edited policy, {what}", partial(small, setup, backward)
     yield "all timesteps of a policy, forward", lambda: timesteps(setup)
 
 
@@ -83,7 +81,8 @@ def small(setup: Setup, backward: bool) -> Record:
             return forward_backward(
                 x, dout, lambda q, k, v: attend(q, k, v, t, kernel=setup.kernel)
             )
-        return list(attend(*x, t, kernel=setup.kernel))
+        q, k, v = x
+        return list(attend(q, k, v, t, kernel=setup.kernel))
 
     replay = recorded(lambda: run_with(t), setup)
     problems: list[str] = []

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ ALL = ((DENSE, NEAR_FP8, NEAR, WINDOW_FP8), (WINDOW, DENSE_FP8, NEAR_FP8, DENSE)
 ALL_FP8 = ((DENSE_FP8, NEAR_FP8, NEAR_FP8, WINDOW_FP8),) * 2
 ALL_INPUT = ((DENSE, NEAR, NEAR, WINDOW),) * 2
 SHARED = ((NEAR_FP8, NEAR_FP8_BOX, WINDOW_FP8_HEAD, NEAR_FP8_BOX),) * 2
-KINDS = {ALL_INPUT: 1, ALL_FP8: 2, SHARED: 2}
+KINDS: dict[tuple[tuple[int, ...], ...], int] = {ALL_INPUT: 1, ALL_FP8: 2, SHARED: 2}
 SCALE = 0.2
 
 Spoil = Callable[[list[Tensor], Tables], None]
@@ -126,7 +127,7 @@ SMOKE = (
 def cases(setup: Setup) -> Iterator[Case]:
     yield "uninitialised memory is NaN", lambda: poison_works(setup)
     for given in SMOKE if setup.smoke else CASES:
-        yield given.name, lambda given=given: check(given, setup)
+        yield given.name, partial(check, given, setup)
 
 
 def poison_works(setup: Setup) -> Record:

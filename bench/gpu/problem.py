@@ -63,7 +63,8 @@ class Op:
         self, q: Tensor, k: Tensor, v: Tensor, *, kernel: str, heads: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
         """out and lse. heads: of the model, those that q, k and v hold."""
-        tables = {**self.tables, "cells": self.tables["cells"][:, :, heads].contiguous()}
+        tables: dict[str, Any] = dict(self.tables)
+        tables["cells"] = tables["cells"][:, :, heads].contiguous()
         return ops.attention(q, k, v, **tables, kinds=self.kinds, kernel=kernel)
 
     @property

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu.problem import Op, Shape, random_qkv
-from bench.gpu.profiler import Kernel, executions, profiled
+from bench.gpu.profiler import NAME, Kernel, executions, profiled
 from bench.gpu.run import Case, Record, Setup
 from bench.gpu.timings import WAN_14B
 
@@ -93,7 +93,7 @@ def staged(kernels: list[Kernel]) -> dict[str, float]:
 def by_name(kernels: list[Kernel]) -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
     for kernel in kernels:
-        found[kernel.name[:120]] += kernel.length / 1e3
+        found[kernel.name[:NAME]] += kernel.length / 1e3
     return found
 
 

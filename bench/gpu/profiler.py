@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
+
+NAME = 120
+"""Longest name of a kernel in a result: those of templates fill pages."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,9 @@ def executions(profile: Any) -> list[Kernel]:
 
 def kernels(profile: Any) -> dict[str, float]:
     """Milliseconds on the device by kernel."""
-    total: Counter[str] = Counter()
+    total: dict[str, float] = defaultdict(float)
     for kernel in executions(profile):
-        total[kernel.name[:120]] += kernel.length / 1e3
+        total[kernel.name[:NAME]] += kernel.length / 1e3
     return {name: round(ms, 4) for name, ms in total.items()}
 
 

@@ -88,7 +88,9 @@ def measure(
     ours = [fpsc_(Op(shape, keep, "fp8", setup.device), setup.kernel) for keep in keeps]
     if input_dtype:
         ours.append(fpsc_(Op(shape, 0.25, "bf16", setup.device), setup.kernel))
-    makers = {name: partial(sdpa, name) for name in dense if name in SDPA}
+    makers: dict[str, Callable[[], Contender]] = {
+        name: partial(sdpa, name) for name in dense if name in SDPA
+    }
     makers |= {name: PACKAGES[name] for name in dense if name in PACKAGES}
     others, not_timed = built(makers)
     if flexes:
