@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from bench.gpu.contenders import (
     PACKAGES,
@@ -103,7 +104,7 @@ def measure(
                 others.append(dividing)
 
     # Backward is timed again and again on one graph; compiled code would free what it reads.
-    torch._functorch.config.donated_buffer = False
+    functorch_config.donated_buffer = False
     trial = Trial(setup, shape, backward)
     runs, errors, problems = {}, {}, []
     for contender in [*ours, *others]:

@@ -7,7 +7,9 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from copy import deepcopy
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from bench import gpu_suite
-from bench.gpu import contenders, problem, profile, run
+from bench.gpu import ceilings, contenders, problem, profile, run, timings
 from bench.gpu.profiler import Kernel
 from bench.gpu.public_line import replays_missing
 from bench.gpu.stopwatch import quartiles, ratio
@@ -340,6 +342,57 @@ def test_contenders_agree_with_the_reference_on_cpu():
             assert error <= 1e-2, one.name
         wrong = contenders.Contender("wrong", lambda q, k, v: q + k + v)
         assert trial.check(wrong)[1] > 0.5
+
+
+class MadeUp:
+    """Times that no device took."""
+
+    def turns(self, runs: dict[str, Any], seconds: float, least: int = 3) -> dict[str, Any]:
+        for measured in runs.values():
+            measured()
+        return {name: [float(n + 1)] * least for n, name in enumerate(runs)}
+
+
+def test_every_case_of_the_measuring_parts_runs(monkeypatch, tmp_path):
+    """On CPU, with one small shape; times, kernels and memory are made up."""
+    shape = problem.Shape((2, 8, 16), 2, 32)
+    fewer_bytes = count(1000, -1)
+    kernels = [Kernel("quantise", 0, 50.0), Kernel("attend", 1, 900.0)]
+    for module, name, value in (
+        (timings, "WAN_14B", shape),
+        (timings, "OTHERS", ()),
+        (timings, "KEEPS", (1.0, 0.25)),
+        (timings, "Stopwatch", MadeUp),
+        (timings, "flex", lambda ops: []),  # its compilation takes a minute on CPU
+        (timings, "flex_dividing", lambda *_: None),
+        (ceilings, "WAN_14B", shape),
+        (ceilings, "SIZES", ((64, 64, 64),)),
+        (ceilings, "COPY_BYTES", 2**10),
+        (ceilings, "Stopwatch", MadeUp),
+        (profile, "WAN_14B", shape),
+        (profile, "JOINT", shape),
+        (profile, "SMALL", shape),
+        (profile, "CALLS", 2),
+        (profile, "profiled", lambda cuda: nullcontext()),
+        (profile, "executions", lambda profile: kernels),
+        (profile, "held", lambda shape, setup, attention: next(fewer_bytes)),
+        (torch.cuda, "synchronize", lambda: None),
+        (problem.Op, "visited", 2 * 256**2),
+    ):
+        monkeypatch.setattr(module, name, value)
+    documents = []
+    for part, module in (("timings", timings), ("ceilings", ceilings), ("profile", profile)):
+        found = run.Document(tmp_path / f"{part}.json", part, HERE)
+        run.run(module.cases(CPU), found, time.monotonic() + 600)
+        assert [r for r in found.data["records"] if r["status"] != "ok"] == []
+        documents.append(found.data)
+    headline = documents[0]["records"][0]["contenders"]
+    assert {"fpsc keep 1", "fpsc keep 0.125", "sdpa flash"} <= set(headline)
+    assert "FA3" in documents[0]["records"][0]["not_timed"]
+    share = documents[1]["records"][-1]["rates"]["main"]
+    assert set(share) == {"tflops", "of bf16", "of fp8"}
+    measured = [m for m in marks(documents) if m.verdict != NOT_MEASURED]
+    assert {m.name.split(",")[0] for m in measured} >= {"headline forward", "headline backward"}
 
 
 def test_dense_visits_every_pair_and_lists_are_those_of_the_op():
