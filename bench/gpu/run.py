@@ -12,6 +12,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,12 +174,10 @@ def _few(found: Record) -> list[str]:
 def _free() -> None:
     """Memory and compiled code of one case must not weigh on the next."""
     torch._dynamo.reset()
-    gc.collect()
     if torch.cuda.is_available():
-        try:
+        gc.collect()
+        with suppress(RuntimeError):  # reported by `_lost_device`
             torch.cuda.empty_cache()
-        except RuntimeError:  # reported by `_lost_device`
-            return
 
 
 def _lost_device() -> str:
