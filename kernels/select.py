@@ -60,7 +60,7 @@ def select(
     rounding = "; fp8 cells emulate e4m3 rounding, which costs time here" if fp8 else ""
     if device.type == "cpu" and kernel != "triton":
         return Choice("cpu", f"the CPU kernel{rounding}")
-    lacking = None if kernel == "cpu" else _triton_lacks(device, fp8, capability)
+    lacking = None if kernel == "cpu" else _triton_lacks(device, dtype, fp8, capability)
     if kernel != "cpu" and lacking is None:
         where = "Triton's interpreter" if device.type == "cpu" else str(device)
         return Choice("triton", f"the Triton kernels, on {where}")
@@ -97,7 +97,9 @@ def check_kernel(kernel: str) -> None:
         raise ValueError(f"kernel: expected one of auto, {', '.join(KERNELS)}, found {kernel!r}")
 
 
-def _triton_lacks(device: torch.device, fp8: bool, capability: Version | None) -> str | None:
+def _triton_lacks(
+    device: torch.device, dtype: torch.dtype, fp8: bool, capability: Version | None
+) -> str | None:
     """Why the Triton kernels do not serve a device; None where they do."""
     version = _triton_version()
     if version is None:
@@ -118,6 +120,8 @@ def _triton_lacks(device: torch.device, fp8: bool, capability: Version | None) -
             f"{device} has compute capability {_dotted(found)}, older than "
             f"{_dotted(TRITON_CAPABILITY)}"
         )
+    if dtype == torch.float32:
+        return "tensor cores have no float32 product: cast q, k and v to bfloat16 or float16"
     supported, reason = fp8_support(device, found)
     if fp8 and not supported:
         return f"{reason}: compute fp8 cells in the input's dtype there (kinds=1)"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fpsc.grid import Layout, layout
 from fpsc.kernels import ops
+from fpsc.kernels.kinds import ALL_CELLS
 from fpsc.passes.rewrite import PLAN
 from fpsc.policy import Policy
 from fpsc.policy.resolve import plan, resolve
@@ -124,7 +125,14 @@ def random_qkv(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, t: Tables, *, kernel: str, kinds: int = 3, **others: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t: Tables,
+    *,
+    kernel: str,
+    kinds: int = ALL_CELLS,
+    **others: Any,
 ) -> tuple[Tensor, Tensor]:
     """The op on the tables of the kernel tests."""
     return ops.attention(q, k, v, **t._asdict(), kinds=kinds, kernel=kernel, **others)

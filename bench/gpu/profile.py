@@ -16,9 +16,9 @@ from bench.gpu.profiler import NAME, Kernel, executions, profiled
 from bench.gpu.run import Case, Record, Setup
 from bench.gpu.timings import WAN_14B
 
-MAIN = 0.15
-"""A kernel that takes this part of the device's time is the attention; what runs before the first
-of these is the prologue, what runs after the last the epilogue. All are listed by name."""
+MAIN = ("attend", "query_gradients", "key_gradients")
+"""The kernels with the attention's products. What else starts before the last of them is prologue,
+what starts after it epilogue. All are listed by name."""
 
 CALLS = 7
 JOINT = Shape((21, 45, 80), 24, text=256)
@@ -74,17 +74,15 @@ def apart(op: Op, x: list[Tensor], setup: Setup, *, backward: bool) -> Record:
 
 def staged(kernels: list[Kernel]) -> dict[str, float]:
     """Milliseconds before, in and after the main kernels, and of all; gaps are not counted."""
-    total = sum(kernel.length for kernel in kernels)
-    main = [n for n, kernel in enumerate(kernels) if kernel.length >= MAIN * total]
+    main = [kernel for kernel in kernels if kernel.name in MAIN]
     if not main:
-        raise RuntimeError(
-            f"no kernel takes {MAIN:.0%} of the device's time; the profiler saw {len(kernels)}"
-        )
-    first, last = main[0], main[-1]
+        names = ", ".join(sorted({kernel.name for kernel in kernels})) or "none"
+        raise RuntimeError(f"none of the kernels {', '.join(MAIN)} ran; the profiler saw {names}")
+    last = main[-1].start
     found = {
-        "prologue": kernels[:first],
-        "main": kernels[first : last + 1],
-        "epilogue": kernels[last + 1 :],
+        "prologue": [k for k in kernels if k.name not in MAIN and k.start < last],
+        "main": main,
+        "epilogue": [k for k in kernels if k.start > last],
         "all": kernels,
     }
     return {name: sum(kernel.length for kernel in some) / 1e3 for name, some in found.items()}

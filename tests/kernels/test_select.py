@@ -122,3 +122,10 @@ def test_fp8_support():
     for capability in (TURING, AMPERE, (8, 6)):
         supported, reason = fp8_support("cuda", capability)
         assert not supported and "e4m3 needs 8.9" in reason
+
+
+def test_float32_has_no_tensor_cores():
+    choice = select("cuda", torch.float32, 128, fp8=True, capability=HOPPER)
+    assert choice.name == "cpu" and "cast q, k and v to bfloat16" in choice.reason
+    named = select("cuda", torch.float32, 128, fp8=True, kernel="triton", capability=HOPPER)
+    assert named.name is None and "cast q, k and v to bfloat16" in named.reason
