@@ -117,13 +117,13 @@ def backward(
     meta = new((B, G, TILES, 2), dtype=torch.float32)
     if kinds & INPUT_CELLS:
         assert q_BHND is not None and k_BGND is not None and v_BGND is not None
-        k, v = (x.repeat_interleave(G // key_heads, dim=1) for x in (k_BGND, v_BGND))
+        k, v = _for_heads(k_BGND, G), _for_heads(v_BGND, G)
         call = _call(q_BHND, k, v, modes_BH3, gather, valid, key_mask_BN, scale)
         copy_tiles(call, keys, meta, into=tiles)
     shift = q_scale = None
     if saved is not None:
         _widen(saved, modes_BH3, tiles)
-        meta[..., 0] = saved.k_scale.repeat_interleave(G // key_heads, dim=1)
+        meta[..., 0] = _for_heads(saved.k_scale, G)
         meta[..., 1] = keys.counts.unsqueeze(-2)
         shift, q_scale = saved.shift, saved.q_scale
 
@@ -184,6 +184,12 @@ def _call(
     """The inputs as the kernels want them."""
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     return Call(q, k, v, modes.contiguous(), gather, valid, key_mask, scale, before)
+
+
+def _for_heads(x: Tensor, heads: int) -> Tensor:
+    """x [B, G, ...] with a copy for each of so many heads; x itself where it has them."""
+    share = heads // x.shape[1]
+    return x if share == 1 else x.repeat_interleave(share, dim=1)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
