@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fpsc.kernels.kinds import ALL_CELLS, FP8_CELLS, GROUPED_CELLS, INPUT_CELLS
+from fpsc.kernels.kinds import ALL_CELLS, FP8_CELLS, INPUT_CELLS
 from fpsc.kernels.select import select
 
 
@@ -74,10 +74,9 @@ def check_shapes(
     for name, x in (("k", k_BGND), ("v", v_BGND)):
         if x.device != q_BHND.device:
             raise ValueError(f"{name}: expected q's device {q_BHND.device}, got {x.device}")
-    if kinds & ~ALL_CELLS or not kinds & (INPUT_CELLS | FP8_CELLS):
+    if kinds not in (INPUT_CELLS, FP8_CELLS, ALL_CELLS):
         raise ValueError(
-            "kinds: expected a sum of 1 (cells in the input's dtype), 2 (fp8) and, with that, 4 "
-            f"(groups of tiles share scales), got {kinds}"
+            f"kinds: expected 1 (cells in the input's dtype), 2 (fp8) or 3 (both), got {kinds}"
         )
     choice = select(q_BHND.device, q_BHND.dtype, D, fp8=bool(kinds & FP8_CELLS), kernel=kernel)
     if choice.name is None:
@@ -218,8 +217,6 @@ def check_values(
     left_out = set(dtypes.tolist()) - {dtype for dtype in (0, 1) if kinds >> dtype & 1}
     if left_out:
         raise ValueError(f"kinds: {kinds} leaves out dtype {left_out.pop()}, which cells have")
-    if not kinds & GROUPED_CELLS and bool(((dtypes == 1) & (groupings > 0)).any()):
-        raise ValueError(f"kinds: {kinds} leaves out groupings other than 0, which fp8 cells have")
     _check_range("groups", groups, tiles, "tiles")
     _check_lists("list", list_ptr, list_idx, tiles)
     _check_lists("back", back_ptr, back_idx, tiles)

@@ -6,7 +6,4 @@ INPUT_CELLS = 1
 FP8_CELLS = 2
 """Some cells are FP8."""
 
-GROUPED_CELLS = 4
-"""Some FP8 cells share scales between tiles."""
-
-ALL_CELLS = INPUT_CELLS | FP8_CELLS | GROUPED_CELLS
+ALL_CELLS = INPUT_CELLS | FP8_CELLS

@@ -28,8 +28,8 @@ query tile u visits the key tiles list_idx[list_ptr[p, u] : list_ptr[p, u + 1]].
 
 Two arguments are structure:
 
-    kinds      what cells may be, a sum: 1 of dtype 0, 2 fp8, 4 fp8 with a grouping other than 0
-               (`fpsc.kernels.kinds`). Kernels for what is left out are not launched.
+    kinds      the dtypes that cells may have: 1 for dtype 0, 2 for fp8, 3 for both
+               (`fpsc.kernels.kinds`). Kernels of a kind that is left out are not launched.
     implementation
                "auto" or the name of one, which then serves the call or is an error. `kernel` in
                all other places: Inductor passes an op's defaults by name, and has its own `kernel`

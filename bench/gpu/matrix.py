@@ -39,7 +39,7 @@ ALL = ((DENSE, NEAR_FP8, NEAR, WINDOW_FP8), (WINDOW, DENSE_FP8, NEAR_FP8, DENSE)
 ALL_FP8 = ((DENSE_FP8, NEAR_FP8, NEAR_FP8, WINDOW_FP8),) * 2
 ALL_INPUT = ((DENSE, NEAR, NEAR, WINDOW),) * 2
 SHARED = ((NEAR_FP8, NEAR_FP8_BOX, WINDOW_FP8_HEAD, NEAR_FP8_BOX),) * 2
-KINDS: dict[tuple[tuple[int, ...], ...], int] = {ALL_INPUT: 1, ALL_FP8: 2, SHARED: 6}
+KINDS: dict[tuple[tuple[int, ...], ...], int] = {ALL_INPUT: 1, ALL_FP8: 2, SHARED: 2}
 SCALE = 0.2
 
 Spoil = Callable[[list[Tensor], Tables], None]

@@ -166,18 +166,12 @@ def structure_key(tile: TileShape | Literal["auto"], dtypes: Sequence[int]) -> s
 
 
 def kinds_of(policy: Policy, fp8: bool) -> int:
-    """What cells may be, as the op takes it (`fpsc.kernels.kinds`): a sum of 1 (computed in the
-    input's dtype), 2 (FP8) and 4 (FP8 with scales that tiles share).
+    """The dtypes that cells may have, as the op takes them: 1 the input's, 2 FP8, 3 both.
 
     fp8: as for `resolve`.
     """
-    kinds = 0
-    for mode in policy.modes.values():
-        if not fp8 or mode.dtype != "fp8":
-            kinds |= 1
-        else:
-            kinds |= 2 if _grouping_of(mode) == "tile" else 2 | 4
-    return kinds
+    dtypes = {DTYPES[mode.dtype] if fp8 else 0 for mode in policy.modes.values()}
+    return sum(1 << dtype for dtype in dtypes)
 
 
 def resolve(policy: Policy, *, layers: int, heads: int, fp8: bool) -> Table:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fpsc.kernels.kinds import FP8_CELLS, GROUPED_CELLS, INPUT_CELLS
+from fpsc.kernels.kinds import FP8_CELLS, INPUT_CELLS
 from fpsc.kernels.saved import Saved, new_saved, padded_head_dim
 from fpsc.kernels.triton import backward as backward_kernels
 from fpsc.kernels.triton import configs, schedule, tune
@@ -73,8 +73,7 @@ def forward(
         saved = new_saved(call.q, call.k, *gather.shape)
         saved.shift.zero_()
         permuted = tune.permutes_v(q_BHND.device)
-        shared = groups if kinds & GROUPED_CELLS else None
-        tiles = quantise(call, keys, shared, meta, saved, permuted=permuted)
+        tiles = quantise(call, keys, groups, meta, saved, permuted=permuted)
         _attend(call, tiles, saved, meta, heads[1], list_ptr, seen, rest, out, lse)
         saved.k_scale.copy_(meta[..., 0])
     return out, lse, saved

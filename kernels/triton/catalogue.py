@@ -116,11 +116,10 @@ def _prologue(capability: int, element: str = "bf16", dp: int = 128) -> Iterator
             for before, suffix in ((NOTHING_BEFORE, ""), (turned, "-norm-rotation")):
                 if operand == 2 and suffix:
                     continue
-                grouped = quantised and operand < 2
                 out = "fp8e4nv" if quantised else element
                 given = {
                     **sizes, **before, "y_ptr": f"*{out}:16", "meta_ptr": "*fp32:16",
-                    "OPERAND": operand, "FP8": quantised, "GROUPED": grouped,
+                    "OPERAND": operand, "FP8": quantised,
                     "PERMUTED": quantised and operand == 2,
                 }  # fmt: skip
                 signature = _signature(pack.pack_tiles, element, **given)

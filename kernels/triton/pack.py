@@ -270,36 +270,37 @@ def group_maxima(
     """Largest |q|, or |k - mean|, of every group of tiles that share a scale.
 
     largest: float32 [B, heads, TILES], zero before; the place of a group is its number. Tiles that
-    share with no other are left to `pack_tiles`.
+    share with no other are left to `pack_tiles`, which is most often all of them: so there are few
+    programs, each of which takes one tile in so many of a head.
     """
     HEADS = H if OPERAND == Q else G
-    head, tile = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
-    b = tl.program_id(1)
+    row = tl.program_id(1)
+    b, head = row // HEADS, row % HEADS
     first_head = b * H + head * (H // HEADS)
     grouping = grouping_of(modes_ptr, first_head, H // HEADS)
     if wanted(modes_ptr, first_head, H // HEADS, 1) & (grouping != 0):
-        rows = tl.arange(0, BLOCK)
-        count = tl.load(count_ptr + b * stride_count + tile)
-        real = rows < count
-        position = tl.load(gather_ptr + b * stride_gather + tile * BLOCK + rows, mask=real, other=0)
-        real = real & (position >= 0) & (position < N)
         x_ptr += b.to(tl.int64) * x_b + head.to(tl.int64) * x_h
         if NORM == GIVEN:
             rstd_ptr += b * N
         if weight_ptr is not None:
             weight_ptr += head * NORM_STRIDE
-        x = load_rows(
-            x_ptr, x_n, position.to(tl.int64), real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr,
-            epsilon, BLOCK, D, DP, NORM, ROTATION,
-        )  # fmt: skip
-        row = b * HEADS + head
-        if OPERAND == K:
-            d = channel_of(tl.arange(0, DP), D, DP, ROTATION)
-            mean = tl.load(mean_ptr + row * DP + d)
-            x = tl.where(real[:, None], x - mean[None, :], 0.0)
-        largest = tl.max(tl.max(magnitude(x), 1), 0)
-        group = tl.load(groups_ptr + grouping * TILES + tile)
-        tl.atomic_max(largest_ptr + row * TILES + group, largest)
+        rows = tl.arange(0, BLOCK)
+        for tile in range(tl.program_id(0), TILES, tl.num_programs(0)):
+            real = rows < tl.load(count_ptr + b * stride_count + tile)
+            at = gather_ptr + b * stride_gather + tile * BLOCK + rows
+            position = tl.load(at, mask=real, other=0)
+            real = real & (position >= 0) & (position < N)
+            x = load_rows(
+                x_ptr, x_n, position.to(tl.int64), real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr,
+                epsilon, BLOCK, D, DP, NORM, ROTATION,
+            )  # fmt: skip
+            if OPERAND == K:
+                d = channel_of(tl.arange(0, DP), D, DP, ROTATION)
+                mean = tl.load(mean_ptr + row * DP + d)
+                x = tl.where(real[:, None], x - mean[None, :], 0.0)
+            largest = tl.max(tl.max(magnitude(x), 1), 0)
+            group = tl.load(groups_ptr + grouping * TILES + tile)
+            tl.atomic_max(largest_ptr + row * TILES + group, largest)
 
 
 @triton.jit
@@ -310,7 +311,7 @@ def pack_tiles(
     rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
     softmax_scale, H, G, N, TILES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr,
-    FP8: tl.constexpr, PERMUTED: tl.constexpr, GROUPED: tl.constexpr,
+    FP8: tl.constexpr, PERMUTED: tl.constexpr,
     NORM: tl.constexpr, ROTATION: tl.constexpr, NORM_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one head of Q, K or V, for cells of one kind.
@@ -361,11 +362,10 @@ def pack_tiles(
                 else:
                     x = tl.where(real[:, None], x - mean[None, :], 0.0)
                 largest = tl.max(tl.max(magnitude(x), 1), 0)
-                if GROUPED:
-                    grouping = grouping_of(modes_ptr, first_head, H // HEADS)
+                grouping = grouping_of(modes_ptr, first_head, H // HEADS)
+                if grouping != 0:
                     group = tl.load(groups_ptr + grouping * TILES + tile)
-                    shared = tl.load(largest_ptr + row * TILES + group)
-                    largest = tl.where(grouping != 0, shared, largest)
+                    largest = tl.load(largest_ptr + row * TILES + group)
                 scale = scale_of(largest)
                 x /= scale
             # NaN stays, and nothing else is beyond 448 but by a rounding of the division.

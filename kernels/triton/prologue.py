@@ -21,6 +21,9 @@ CHUNKS = 128
 ROWS = 32
 """Rows at a time in them."""
 
+SHARES = 16
+"""Programs for each head that look for the largest value of groups of tiles."""
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -175,12 +178,11 @@ def copy_tiles(call: Call, keys: Keys, meta: Tensor, into: Tiles | None = None) 
 
 
 def quantise(
-    call: Call, keys: Keys, groups: Tensor | None, meta: Tensor, saved: Saved, *, permuted: bool
+    call: Call, keys: Keys, groups: Tensor, meta: Tensor, saved: Saved, *, permuted: bool
 ) -> Tiles:
     """Operands of the FP8 cells, in the buffers of `saved`, and their part of meta.
 
-    groups: [groupings, TILES], None where every tile has scales of its own. permuted: whether V is
-    stored as `pack.permuted` says.
+    groups: [groupings, TILES]. permuted: whether V is stored as `pack.permuted` says.
     """
     H, G, N, TILES = call.sizes
     B, DP = call.q.shape[0], padded_head_dim(call.q.shape[3])
@@ -201,22 +203,18 @@ def quantise(
         pack.finish_statistics, (B * G,),
         partial, call.modes, mean, saved.v_scale, H, G, CHUNKS, DP=DP, ROWS=ROWS, num_warps=8,
     )  # fmt: skip
-    largest = None
-    if groups is not None:
-        largest = tuple(
-            call.q.new_zeros((B, heads, TILES), dtype=torch.float32) for heads in (H, G)
-        )
-        for operand, x in enumerate((call.q, call.k)):
-            norm = (call.before.norm_q, call.before.norm_k)[operand]
-            before, compiled_in = call.before.arguments(norm, call.q.shape[3])
-            where = Keys(call.gather, call.valid, 0, 0) if operand == 0 else keys
-            launch(
-                pack.group_maxima, (x.shape[1] * TILES, B),
-                x, mean, call.modes, groups, where.gather, where.counts, largest[operand],
-                *x.stride()[:3], where.gather_stride, where.count_stride, *before, *call.sizes,
-                **call.fixed, OPERAND=operand, **compiled_in,
-                num_warps=configs.pack_warps(DP, rotated=call.before.rotation is not None),
-            )  # fmt: skip
+    largest = tuple(call.q.new_zeros((B, n, TILES), dtype=torch.float32) for n in (H, G))
+    for operand, x in enumerate((call.q, call.k)):
+        norm = (call.before.norm_q, call.before.norm_k)[operand]
+        before, compiled_in = call.before.arguments(norm, call.q.shape[3])
+        where = Keys(call.gather, call.valid, 0, 0) if operand == 0 else keys
+        launch(
+            pack.group_maxima, (SHARES, B * x.shape[1]),
+            x, mean, call.modes, groups, where.gather, where.counts, largest[operand],
+            *x.stride()[:3], where.gather_stride, where.count_stride, *before, *call.sizes,
+            **call.fixed, OPERAND=operand, **compiled_in,
+            num_warps=configs.pack_warps(DP, rotated=call.before.rotation is not None),
+        )  # fmt: skip
     tiles = Tiles(saved.q8, saved.k8, saved.v8)
     _pack(call, keys, tiles, meta, (mean, saved), groups, largest, permuted=permuted)
     return tiles
@@ -252,7 +250,6 @@ def _pack(
             where.gather, where.counts, *x.stride()[:3], where.gather_stride, where.count_stride,
             *inputs, call.scale, *call.sizes,
             **call.fixed, OPERAND=operand, FP8=saved is not None,
-            PERMUTED=permuted and nothing, GROUPED=groups is not None and not nothing,
-            **compiled_in,
+            PERMUTED=permuted and nothing, **compiled_in,
             num_warps=configs.pack_warps(y_dp, rotated=before.rotation is not None),
         )  # fmt: skip

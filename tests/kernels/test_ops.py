@@ -258,7 +258,7 @@ ALL_FP8 = [[DENSE_FP8, NEAR_FP8], [NEAR_FP8_BOX, WINDOW_FP8_HEAD]]
 
 
 @pytest.mark.parametrize(
-    ("kinds", "heads"), [(1, [[DENSE, NEAR]] * 2), (6, ALL_FP8), (3, MIXED)], ids=str
+    ("kinds", "heads"), [(1, [[DENSE, NEAR]] * 2), (2, ALL_FP8), (3, MIXED)], ids=str
 )
 @pytest.mark.parametrize("compiled", [False, True])
 def test_backward_gets_what_it_needs_and_no_more(kinds, heads, compiled, triton):
@@ -286,10 +286,10 @@ def test_backward_gets_what_it_needs_and_no_more(kinds, heads, compiled, triton)
     assert q.grad.shape == q.shape and k.grad.shape == k.shape
 
 
-@pytest.mark.parametrize("kinds", [1, 6, 3])
+@pytest.mark.parametrize("kinds", [1, 2, 3])
 @pytest.mark.parametrize("kernel", ["cpu", "reference", "triton"])
 def test_fakes_answer_the_shapes_of_every_implementation(kernel, kinds, triton):
-    t = small({1: [[DENSE, NEAR]] * 2, 6: ALL_FP8, 3: MIXED}[kinds], suffix=2)
+    t = small({1: [[DENSE, NEAR]] * 2, 2: ALL_FP8, 3: MIXED}[kinds], suffix=2)
     q, k, v = (x.detach().requires_grad_() for x in qkv(t, dim=16, key_heads=1))
     args = (q, k, v, *t, None, 0.2, 0, kinds, kernel)
     torch.library.opcheck(torch.ops.fpsc.attention, args, test_utils=("test_faketensor",))
@@ -364,7 +364,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "patterns": (lambda a, t: a.update(modes=t.modes + int32(2, 0, 0)), "expected 0..2 (rows of"),
     "dtypes of modes": (lambda a, t: a.update(modes=t.modes + int32(0, 1, 0)), "dtypes: expected"),
     "modes": (lambda a, t: a.update(modes=t.modes[:, :2]), "expected 3 columns"),
-    "kinds": (lambda a, t: a.update(kinds=4), "kinds: expected a sum of 1"),
+    "kinds": (lambda a, t: a.update(kinds=4), "kinds: expected 1"),
     "no fp8": (lambda a, t: a.update(kinds=1), "kinds: 1 leaves out dtype 1, which cells have"),
     "kernel": (lambda a, t: a.update(kernel="tritn"),
                "expected one of auto, cpu, triton, reference, found 'tritn'"),
