@@ -282,10 +282,12 @@ def test_kinds_that_do_not_occur_change_nothing(heads):
 )
 @pytest.mark.parametrize("permuted", [False, True])
 def test_configurations(config, permuted, monkeypatch):
+    """Of tiles that end in each block of theirs: 75 rows, 60, 3, and fewer by a mask."""
     monkeypatch.setattr(configs, "INTERPRETED", config)
     monkeypatch.setattr(tune, "PERMUTE_V", permuted)
-    t = tables((3, 5, 9), (3, 5, 5), [[NEAR, NEAR_FP8]], prefix=3)
-    mask = torch.rand(1, t.tokens) > 0.5
+    t = tables((3, 5, 9), (3, 5, 5), [[NEAR, NEAR_FP8]] * 2, prefix=3)
+    check(*qkv(t), t)
+    mask = torch.rand(2, t.tokens) > torch.tensor([[0.3], [0.6]])
     check(*qkv(t), t, mask)
 
 
