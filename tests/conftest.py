@@ -24,6 +24,8 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compiler process
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is not a test
 os.environ["DIFFUSERS_VERBOSITY"] = "error"
+# Without a GPU the Triton kernels run in the interpreter. A machine with one sets it to 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402

@@ -17,6 +17,16 @@ KERNEL_HALF = 6e-4  # 1.5e-4: results of bfloat16 that round the other way
 KERNEL_FP8 = 5e-4  # 1.2e-4
 KERNEL_FP8_GRAD = 5e-4  # 9.2e-5
 
+# The Triton kernels, where they do what the reference does not. In float32: copies of a key that fill
+# a block are added to the denominator and taken away, up to 127 of them. With 16-bit inputs: P and
+# dS are rounded to these before their products.
+TRITON_FP32 = 1e-4  # out 2.8e-5, lse 9.9e-6; gradients as KERNEL_FP32 (5.4e-6)
+TRITON_BF16 = 5e-3  # 1.6e-3
+TRITON_BF16_GRAD = 1.5e-2  # 4.8e-3
+TRITON_FP16 = 6e-4  # 1.9e-4
+TRITON_FP16_GRAD = 2e-3  # 5.6e-4
+E4M3_OTHERWISE = 1e-3  # share of packed values that round the other way than the reference's
+
 # What rounding itself costs, on random numbers.
 HALF_AGAINST_FP32 = 5e-3  # 1.7e-3: half an ulp of bfloat16's 8 bits
 FP8_AGAINST_EXACT = 0.06  # 2.9e-2: three mantissa bits in q, k, v and p, averaged over keys

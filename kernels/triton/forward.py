@@ -4,9 +4,10 @@ The formulas are those of `fpsc.kernels.reference`. Operands come in tile order 
 `fpsc.kernels.triton.pack`; the result goes back to raster order. What is done differently here:
 
 *Padding costs nothing.* A padding row of K is a copy of the first key of its tile, and one of V is
-zero. A copy changes neither the largest score nor, its V being zero, the output. To the denominator
-it adds what the first key adds; that key's weight there is one less the number of copies. Comparing
-columns with a length would cost every score two instructions.
+zero. A copy changes neither the largest score nor, its V being zero, the output. In the denominator
+the last copy takes away what the others of its block add: its weight is one less their number, which
+is 1 for a last column that is no copy. Comparing columns with a length would cost every score two
+instructions.
 
 *Two-level accumulation.* Hopper's FP8 tensor cores keep about 14 bits of a running sum. So the
 product P V of every key tile starts from zero, and is added to the float32 accumulator outside.
@@ -90,7 +91,7 @@ def attend_tile(
         q_scale *= tl.load(q_scale_ptr + head * TILES + tile)
     meta_ptr += key_head * TILES
     key_row = key_head * TILES * BLOCK
-    is_first = tl.arange(0, BN) == 0
+    is_last = tl.arange(0, BN) == BN - 1
 
     m = tl.full([BM], LOWEST, tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -109,7 +110,7 @@ def attend_tile(
         keys = next_keys
         if PARTS > 1:
             keys = tl.minimum(tl.maximum(keys - (j % PARTS) * BN, 0.0), BN * 1.0)
-        weight = keys - (BN - 1.0)  # of the first key: one less its copies
+        weight = keys - (BN - 1.0)  # of the last column: one less the copies
         next_tile = tl.load(list_idx + tl.minimum((j + 1) // PARTS, visits - 1))
         next_scale, next_keys = load_meta(meta_ptr, next_tile)
 
@@ -120,7 +121,7 @@ def attend_tile(
         p = tl.math.exp2(s * c - new_m[:, None])
         alpha = tl.math.exp2(m - new_m)
         m = new_m
-        total = total * alpha + tl.sum(tl.where(is_first[None, :], p * weight, p), 1)
+        total = total * alpha + tl.sum(tl.where(is_last[None, :], p * weight, p), 1)
         if FP8:
             p8 = p.to(tl.float8e4nv)
             if PERMUTED:

@@ -1,10 +1,10 @@
 """Triton's interpreter (TRITON_INTERPRET=1) with its casts repaired: kernels run on a CPU, slowly.
 
-In Triton 3.6.0 the interpreter's conversions from float32 to e4m3, e5m2 and bfloat16 differ from
+In Triton 3.6 to 3.8 the interpreter's conversions from and to e4m3, e5m2 and bfloat16 differ from
 every GPU's: the mantissa's carry is lost (1.95 becomes 1.0), numbers beyond the range wrap around
-(500 becomes 256), subnormals and bfloat16 are truncated. And with NumPy 2.4 and later it cannot use
-a loaded number as the end of a range. Repaired, conversions are torch's: to nearest even,
-saturating where the format has no infinity, as PTX's `cvt.rn.satfinite` does.
+(500 becomes 256), subnormals and bfloat16 are truncated, and the NaN of e4m3 becomes 480. And with
+NumPy 2.4 and later 3.6 cannot use a loaded number as the end of a range. Repaired, conversions are
+torch's: to nearest even, to a finite number in formats of 8 bits, as PTX's `cvt.rn.satfinite` does.
 A product of bfloat16 is one of numbers, not of the integers that hold their bits.
 """
 
@@ -21,32 +21,47 @@ import triton.language as tl
 ACTIVE = bool(triton.knobs.runtime.interpret)
 """Whether kernels are interpreted; decided when they are defined, as Triton does."""
 
-_CASTS = {
-    tl.float8e4nv: (torch.float8_e4m3fn, np.uint8, 448.0),
-    tl.float8e5: (torch.float8_e5m2, np.uint8, 57344.0),
-    tl.bfloat16: (torch.bfloat16, np.uint16, None),
+_TYPES = {
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
 }
+_LARGEST = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}
 
 
 def repair() -> None:
-    """Repair the interpreter of this process, once. Nothing where kernels are compiled."""
+    """Repair the interpreter of this process, once. Nothing where kernels are compiled.
+
+    Raises: RuntimeError where this Triton's interpreter has not what is repaired.
+    """
     if not ACTIVE:
         return
     from triton.runtime import interpreter
 
     if getattr(interpreter, "_repaired_by_fpsc", False):
         return
-    original = interpreter._convert_float
+    try:
+        original = interpreter._convert_float
+        original_dot = interpreter.InterpreterBuilder.create_dot
+        original_patch = interpreter._patch_lang_tensor
+    except AttributeError as error:
+        raise RuntimeError(
+            f"the interpreter of Triton {triton.__version__} cannot be repaired ({error}); its "
+            "casts would be wrong: unset TRITON_INTERPRET, or install Triton 3.6 to 3.8"
+        ) from error
 
     def convert(x: np.ndarray, from_type: Any, to_type: Any, rounding: Any) -> np.ndarray:
-        if from_type != tl.float32 or to_type not in _CASTS:
+        if from_type not in _TYPES or to_type not in _TYPES:
             return original(x, from_type, to_type, rounding)
-        torch_type, bits, largest = _CASTS[to_type]
-        values = torch.from_numpy(np.ascontiguousarray(x).view(np.float32).copy())
-        if largest is not None:  # clamp keeps NaN
-            values = values.clamp(-largest, largest)
-        as_bits = torch.uint8 if bits is np.uint8 else torch.int16
-        return values.to(torch_type).view(as_bits).numpy().view(bits).reshape(x.shape)
+        bits = np.dtype(f"int{from_type.primitive_bitwidth}")
+        values = torch.from_numpy(np.array(x, order="C").view(bits)).view(_TYPES[from_type])
+        if to_type in _LARGEST:  # clamp keeps NaN
+            values = values.float().clamp(-_LARGEST[to_type], _LARGEST[to_type])
+        width = to_type.primitive_bitwidth
+        found = values.to(_TYPES[to_type]).view(getattr(torch, f"int{width}"))
+        return found.numpy().view(f"uint{width}").reshape(x.shape)
 
     def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         a, b = (
@@ -54,11 +69,6 @@ def repair() -> None:
             for x in (a, b)
         )
         return original_dot(self, a, b, *rest)
-
-    original_dot = interpreter.InterpreterBuilder.create_dot
-    interpreter.InterpreterBuilder.create_dot = dot
-    interpreter._convert_float = convert
-    original_patch = interpreter._patch_lang_tensor
 
     def patch(tensor: Any, *scope: Any) -> None:
         original_patch(tensor, *scope)
@@ -71,5 +81,7 @@ def repair() -> None:
         else:
             tensor.__index__ = index
 
+    interpreter.InterpreterBuilder.create_dot = dot
+    interpreter._convert_float = convert
     interpreter._patch_lang_tensor = patch
     interpreter._repaired_by_fpsc = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -37,13 +36,7 @@ from tests.thresholds import KERNEL_FP8, KERNEL_FP8_GRAD, KERNEL_FP32, KERNEL_HA
 ALL = [[DENSE, NEAR_FP8, NEAR, WINDOW_FP8], [WINDOW, DENSE_FP8, NEAR_FP8, DENSE]]
 
 
-@pytest.fixture(autouse=True)
-def _uninitialised_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 
 def check(
