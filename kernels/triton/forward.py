@@ -5,9 +5,9 @@ The formulas are those of `fpsc.kernels.reference`. Operands come in tile order 
 
 *Padding costs nothing.* A padding row of K is a copy of the first key of its tile, and one of V is
 zero. A copy changes neither the largest score nor, its V being zero, the output. In the denominator
-the last copy takes away what the others of its block add: its weight is one less their number, which
-is 1 for a last column that is no copy. Comparing columns with a length would cost every score two
-instructions.
+the last copy takes away what the others of its block add: its weight is one less their number, and
+1 where the last column of a block is no copy. Comparing columns with a length would cost every
+score two instructions.
 
 *Two-level accumulation.* Hopper's FP8 tensor cores keep about 14 bits of a running sum. So the
 product P V of every key tile starts from zero, and is added to the float32 accumulator outside.
