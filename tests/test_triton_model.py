@@ -75,6 +75,8 @@ def test_gradients_equal_the_reference(policy):
 
 def test_bfloat16_equals_the_cpu_kernel(policy):
     model = small_wan().bfloat16()
+    for block in model.blocks:  # so that its attention counts
+        block.attn1.to_out[0].weight.data *= 30
     inputs = small_inputs((600.0,), GRID)
     for name in ("hidden_states", "encoder_hidden_states"):
         inputs[name] = inputs[name].bfloat16()
@@ -84,4 +86,5 @@ def test_bfloat16_equals_the_cpu_kernel(policy):
             torch._dynamo.reset()
             found.append(compiled(model, policy, kernel)(**inputs)[0])
     assert found[0].dtype == torch.bfloat16
+    assert [r.kernels[0].split()[0] for r in fpsc.reports()] == ["triton", "cpu"]
     assert relative_rms(*found) <= TRITON_MODEL_BF16

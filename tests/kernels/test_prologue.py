@@ -112,7 +112,8 @@ def before_kernel(
     t: Tables,
     kinds: int,
     before: Before = NOTHING_BEFORE,
-    **others,
+    mask: Tensor | None = None,
+    scale: float = 0.2,
 ) -> tuple[Tensor, Tensor, Saved | None]:
     return attention.forward(q, k, v, *t.forward, mask, scale, kinds, before)
 
