@@ -76,7 +76,8 @@ def choose(
         return found[0]
     key = f"{kernel} {dtype} {dp} {permuted} {_identity(device)}"
     if key not in _chosen:
-        stored = _read().get(key, {}).get("config")
+        answer = _read().get(key)
+        stored = answer.get("config") if isinstance(answer, dict) else None
         known = next((c for c in found if asdict(c) == stored), None)
         if known is None:
             if os.environ.get("FPSC_AUTOTUNE") == "0" or torch.cuda.is_current_stream_capturing():
@@ -153,7 +154,13 @@ def _write(key: str, answer: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = _read() | {key: answer}
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(content, file, indent=1)
-        os.replace(file.name, path)
+            written = Path(file.name)
+            try:
+                json.dump(content, file, indent=1)
+                file.close()
+                os.replace(written, path)
+            except OSError:
+                written.unlink()
+                raise
     except OSError as error:
         log.warning("fpsc: cannot write %s (%s); kernels are timed again next time", path, error)

@@ -35,7 +35,7 @@ if not interpreter.ACTIVE:
     pytest.skip("kernels are compiled here: TRITON_INTERPRET=0", allow_module_level=True)
 
 from fpsc.kernels.triton import attention, prologue, tune
-from fpsc.kernels.triton.prologue import Before, Norm, Rotation
+from fpsc.kernels.triton.prologue import NOTHING_BEFORE, Before, Norm, Rotation
 from tests.kernels.memory import Launches
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
@@ -106,9 +106,15 @@ def _rows(t: Tables) -> list[Tensor]:
 
 
 def before_kernel(
-    q: Tensor, k: Tensor, v: Tensor, t: Tables, kinds: int, before: Before = Before(), **others
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t: Tables,
+    kinds: int,
+    before: Before = NOTHING_BEFORE,
+    mask: Tensor | None = None,
+    scale: float = 0.2,
 ) -> tuple[Tensor, Tensor, Saved | None]:
-    mask, scale = others.get("mask"), others.get("scale", 0.2)
     return attention.forward(q, k, v, *t.forward, mask, scale, kinds, before)
 
 
