@@ -8,8 +8,9 @@ any model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import sympy
 import torch
@@ -215,6 +216,7 @@ def _from_latent(
     if hints.origin == "options":
         return _from_hints(candidate, hints, video)
     path = _path(streams.program, candidate.call, lambda n: n in streams.attention)
+    events = [e for e in events if _divides_a_latent(e.grid, streams.latents)]
     grids = {i: _vote(_count(events, lengths[i], path)) for i in video}
     fitting = [(i, grid) for i, grid in grids.items() if grid is not None]
     if not fitting:
@@ -231,6 +233,22 @@ def _from_latent(
         )
     index, grid = fitting[0]
     return _spans(candidate.segments, index, grid, "graph")
+
+
+def _divides_a_latent(grid: Grid, latents: Iterable[fx.Node]) -> bool:
+    """Whether a latent can be cut into such a grid by patches that are as high as wide.
+
+    Heads and windows are reshaped too, and their sizes may multiply to the number of tokens. Where
+    sizes are symbols nothing is ruled out.
+    """
+    sizes = [s[1:] for node in latents if (s := shape(node)) is not None]
+    if not all(isinstance(n, int) for s in (grid, *sizes) for n in s):
+        return True
+    return any(
+        t % grid[0] == y % grid[1] == x % grid[2] == 0 and y // grid[1] == x // grid[2]
+        for s in sizes
+        for t, y, x in combinations(s, 3)
+    )
 
 
 def _longest(lengths: list[Dim], fitting: list[tuple[int, Grid]]) -> list[tuple[int, Grid]]:

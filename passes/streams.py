@@ -28,27 +28,9 @@ from fpsc.passes.graph import (
 )
 
 _MIXING = frozenset(
-    [
-        "matmul",
-        "__matmul__",
-        "bmm",
-        "baddbmm",
-        "einsum",
-        "transpose",
-        "permute",
-        "t",
-        "mT",
-        "flip",
-        "movedim",
-        "swapaxes",
-        "roll",
-        "gather",
-        "index_select",
-        "cumsum",
-        "sort",
-        "reshape",
-        "view",
-    ]
+    ["matmul", "__matmul__", "bmm", "baddbmm", "einsum", "gather", "index_select", "sort", "cumsum"]
+) | frozenset(
+    ["transpose", "permute", "t", "movedim", "swapaxes", "flip", "roll", "reshape", "view"]
 )
 """Calls that may move tokens along an axis whose length they keep."""
 

@@ -29,25 +29,24 @@ class Model:
         key: `class` or `class/variant`, unique.
         config: settings of the constructor.
         given: arguments of forward that are not derived from its signature, for (grid, batch).
-        replaced: video self-attentions of the tiny model.
-        left: why the others stay dense: words of the reason, with how many.
         flags: settings of Dynamo without which the model is not one graph.
-        history: video tokens beside the grid (a part of the sequence that is not a box of it).
+        sized: settings that a grid decides.
     """
 
     key: str
     config: dict[str, Any]
     given: Arguments = lambda grid, batch: {}
     flags: dict[str, bool] = field(default_factory=dict)
+    sized: Callable[[TokenGrid], dict[str, Any]] = lambda grid: {}
 
     @property
     def name(self) -> str:
         return self.key.partition("/")[0]
 
-    def build(self) -> nn.Module:
+    def build(self, grid: tuple[int, int, int]) -> nn.Module:
         torch.manual_seed(0)
         cls: Any = getattr(diffusers, self.name)
-        model: nn.Module = cls(**self.config).eval()
+        model: nn.Module = cls(**self.config, **self.sized(TokenGrid(*grid))).eval()
         for parameter in model.parameters():
             if (
                 parameter.ndim > 1 and not parameter.any()
@@ -61,7 +60,7 @@ class Model:
         given = self.given(tokens, batch)
         cls: Any = getattr(diffusers, self.name)
         with torch.device("meta"):
-            model = cls(**self.config)
+            model = cls(**self.config, **self.sized(tokens))
         meta = example_inputs(
             model, grid=tokens, batch=batch, text_tokens=TEXT, dtype=torch.float32, given=given
         )
@@ -257,8 +256,8 @@ def _ltx2(grid: TokenGrid, batch: int) -> dict[str, Any]:
 
 def _allegro(grid: TokenGrid, batch: int) -> dict[str, Any]:
     positions = torch.cartesian_prod(*(torch.arange(n) for n in grid_sizes(grid)))
-    tables = tuple((torch.randn(1, grid.tokens, 8), torch.randn(1, grid.tokens, 8)) for _ in "tyx")
-    places = tuple(positions[:, i] for i in range(3))
+    tables = tuple((torch.randn(grid.tokens, 8), torch.randn(grid.tokens, 8)) for _ in "tyx")
+    places = tuple(positions[:, i].expand(batch, -1) for i in range(3))
     return {
         "image_rotary_emb": (tables, places),
     }
@@ -301,7 +300,11 @@ def _kandinsky6_sr(grid: TokenGrid, batch: int) -> dict[str, Any]:
 
 def _flow_map(grid: TokenGrid, batch: int) -> dict[str, Any]:
     latent = _latent(grid, batch).transpose(1, 2)
-    return {"hidden_states": latent, "r_timestep": torch.full((batch,), 400)}
+    return {
+        "hidden_states": latent,
+        "timestep": torch.full((batch, grid.t), 500),
+        "r_timestep": torch.full((batch, grid.t), 400),
+    }
 
 
 def _helios(grid: TokenGrid, batch: int) -> dict[str, Any]:
@@ -413,7 +416,7 @@ MODELS = (
             "LFE_num_heads": 2,
             "LFE_num_id_token": 2,
             "LFE_num_querie": 4,
-            "LFE_output_dim": 16,
+            "LFE_output_dim": 21,
             "LFE_ff_mult": 1,
             "LFE_num_scale": 2,
         },
@@ -475,12 +478,12 @@ MODELS = (
             "sample_size": 16,
             "patch_size": 2,
             "caption_channels": 16,
-            "video_length": 8,
             "norm_type": "ada_norm_single",
             "num_embeds_ada_norm": 8,
             "norm_elementwise_affine": False,
         },
         NO_MASK,
+        sized=lambda grid: {"video_length": grid.t},
     ),
     Model("CosmosTransformer3DModel/1", COSMOS),
     Model(
