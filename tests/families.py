@@ -555,3 +555,15 @@ MODELS = (
     ),
 )
 """Every case, in the order of the table."""
+
+ELSEWHERE = {
+    "AnyFlowFARTransformer3DModel": "causal chunks through FlexAttention, or keys from a cache",
+    "Cosmos3OmniTransformer": "text, video, sound and actions in one sequence, placed by indices",
+    "JoyImageEditPlusTransformer3DModel": "images of several sizes in one padded sequence",
+    "MiniMaxH3Transformer3DModel": "text, video and audio in one sequence, placed by indices",
+    "SanaWMTransformer3DModel": "linear attention in most layers, cameras in the others",
+    "SanaWMLTX2RefinerTransformer3DModel": "keys from a cache of earlier chunks",
+    "TransformerTemporalModel": "attention along time inside a 2D UNet",
+    "WanAnimate2Transformer3DModel": "lists of clips, keys from a cache of the reference",
+}
+"""Classes that are given a video and are not built here, and what they do."""
