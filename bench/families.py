@@ -1,9 +1,9 @@
 """What becomes of every video transformer that diffusers ships: docs/families.md.
 
-    python bench/families.py            # analyses the tiny models of tests/families.py, writes the page
+    python bench/families.py            # writes the page
     python bench/families.py --check    # fails where the page is not what would be written
 
-Only Dynamo and the passes run: no Inductor, no kernel.
+The tiny models of tests/families.py are captured and analysed. Only Dynamo and the passes run: no Inductor, no kernel.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ from tests.families import ELSEWHERE, MODELS, Model  # noqa: E402
 PAGE = ROOT / "docs" / "families.md"
 GRID = (3, 4, 5)
 
-HEADER = f"""# Video transformers of diffusers
+HEADER = """# Video transformers of diffusers
 
-Written by `python bench/families.py` with diffusers {{version}}; `--check` is a part of the tests.
-Tiny models under full compile, token grid {" x ".join(map(str, GRID))}. "From" is where the grid
-is read: `graph` is the model's own reshapes. The convention says how the timestep becomes a noise
-level; where it is open, one class serves several, and `options={{{{"timestep": {{{{"convention": ...}}}}}}}}`
-states it. Graphs: what Dynamo makes of the model as it is.
+Written by `python bench/families.py` with diffusers {version}; the tests check that it is up to
+date. Tiny models under full compile, token grid {grid}. "Grid from": `graph` is the model's own
+reshapes. The convention says how the timestep becomes a noise level; where it is open, because one
+class serves several, `options={{"timestep": {{"convention": ...}}}}` states it.
 
 | class | graphs | replaced | grid from | timestep | left dense |
 |---|---|---|---|---|---|
@@ -130,7 +129,8 @@ def page() -> str:
     """The whole page."""
     rows = "".join(row(model) for model in MODELS)
     others = "".join(f"- {name}: {reason}\n" for name, reason in ELSEWHERE.items())
-    header = HEADER.format(version=diffusers.__version__)
+    grid = " x ".join(map(str, GRID))
+    header = HEADER.format(version=diffusers.__version__, grid=grid)
     return f"{header}{rows}\nNot analysed here:\n\n{others}"
 
 

@@ -139,12 +139,12 @@ def raster_events(program: Program) -> list[Event]:
 def _merged_triples(fine: list[Dim], coarse: list[Dim]) -> list[tuple[Dim, Grid]]:
     """Three neighbouring axes of `fine` that are one axis of `coarse`.
 
-    Y or X of size 1 is refused, because (1, N, 1) is what every unsqueeze looks like.
+    Y or X of size 1 is refused, because (1, N, 1) is what every unsqueeze looks like; so is 0.
     """
     found: list[tuple[Dim, Grid]] = []
     for i in range(len(fine) - 2):
         t, y, x = fine[i : i + 3]
-        if same(y, 1) or same(x, 1):
+        if same(y, 1) or same(x, 1) or same(product((t, y, x)), 0):
             continue
         for j, length in enumerate(coarse):
             if same(product((t, y, x)), length) and same(product(fine[:i]), product(coarse[:j])):
