@@ -3,7 +3,7 @@
     python bench/families.py            # writes the page
     python bench/families.py --check    # fails where the page is not what would be written
 
-The tiny models of tests/families.py are captured and analysed. Only Dynamo and the passes run: no Inductor, no kernel.
+The tiny models of tests/families.py are captured and analysed: no Inductor, no kernel.
 """
 
 from __future__ import annotations
