@@ -27,14 +27,30 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "Wan": Family("flow"),
+    "SkyReelsV2": Family("flow"),
+    "ChronoEdit": Family("flow"),
+    "AnyFlow": Family("flow"),
+    "Helios": Family("flow"),
     "HunyuanVideo": Family("flow"),
     "CogVideoX": Family("flow"),
+    "ConsisID": Family("flow"),
     "LTXVideo": Family("flow"),
+    "LTX2Video": Family("flow"),
     "Mochi": Family("reversed"),
     "Allegro": Family("flow"),
     "EasyAnimate": Family("flow"),
+    "Latte": Family("flow"),
+    "SanaVideo": Family("flow"),
+    "Kandinsky5": Family("flow"),
+    "Kandinsky6": Family("flow"),
+    "MotifVideo": Family("flow"),
+    "JoyImageEdit": Family("flow"),
 }
-"""Families by the beginning of their transformers' class names."""
+"""Families by the beginning of their transformers' class names.
+
+Cosmos is not among them: one class is given ln(sigma) / 4 in version 1 (`log-sigma`) and a level
+from 0 to 1 in version 2 (`unit`).
+"""
 
 
 def family_of(model: nn.Module | None) -> Family | None:

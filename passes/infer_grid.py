@@ -8,12 +8,18 @@ any model.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
+import sympy
+import torch
 from torch import fx
 
-from fpsc.passes.graph import Dim, Program, op_name, product, same, shape
-from fpsc.passes.match import Candidate, Role, Segment, latents, residual_stream
+from fpsc.passes.graph import Dim, Program, example, is_linear, op_name, product, same, shape
+from fpsc.passes.match import Candidate, Role
+from fpsc.passes.normalise import AttentionCall
+from fpsc.passes.streams import Segment, Streams
 
 _RESHAPES = frozenset(["reshape", "view", "flatten", "unflatten", "_unsafe_view"])
 
@@ -34,6 +40,23 @@ class Hints:
 
 
 @dataclass(frozen=True)
+class Event:
+    """A reshape that merges `grid` to `length` tokens, or splits them."""
+
+    length: Dim
+    grid: Grid
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """Why an attention stays dense; `role` where more is known of it than the match knew."""
+
+    reason: str
+    role: Role | None = None
+
+
+@dataclass(frozen=True)
 class Found:
     """The video span of a sequence.
 
@@ -49,25 +72,59 @@ class Found:
     suffix: Dim = 0
 
 
-def infer_grid(program: Program, candidates: list[Candidate], hints: Hints) -> list[Found | str]:
+def infer_grid(program: Program, candidates: list[Candidate], hints: Hints) -> list[Found | Unfit]:
     """For each candidate its grid, or the reason why it stays dense."""
+    streams = Streams(program, frozenset(c.call.node for c in candidates))
     events = raster_events(program)
-    attention = {c.call.node for c in candidates}
-    has_latent = bool(latents(program))
-    found: list[Found | str] = []
-    for candidate in candidates:
+    tables = [] if streams.latents else [_table_votes(program, c, events) for c in candidates]
+    found: list[Found | Unfit] = []
+    for index, candidate in enumerate(candidates):
         if candidate.reason or candidate.role not in (Role.VIDEO, Role.JOINT):
-            found.append(candidate.reason)
-        elif has_latent and hints.origin != "options":
-            found.append(_from_graph(program, candidate, events, attention))
-        else:
+            found.append(Unfit(candidate.reason))
+        elif streams.latents:
+            found.append(_from_latent(streams, candidate, events, hints))
+        elif any(tables) and not tables[index]:
+            found.append(
+                Unfit(
+                    "self-attention without positions on a (T, Y, X) grid, beside others that have "
+                    "them: text or audio",
+                    Role.OTHER,
+                )
+            )
+        elif hints.grids or not tables[index]:
             found.append(_from_hints(candidate, hints))
+        else:
+            found.append(_from_tables(candidate, tables[index]))
+    known = {s for node in program.placeholders for s in _symbols(node)}
+    return [_readable(each, known) for each in found]
+
+
+def _symbols(node: fx.Node) -> set[sympy.Symbol]:
+    value = example(node)
+    sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+    return {
+        size.node.expr
+        for size in sizes
+        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+    }
+
+
+def _readable(found: Found | Unfit, known: set[sympy.Symbol]) -> Found | Unfit:
+    """A span can only be planned where its sizes are known before the graph runs."""
+    if isinstance(found, Unfit):
+        return found
+    for size in (*found.grid, found.prefix, found.suffix):
+        if not isinstance(size, int) and not size.free_symbols <= known:
+            return Unfit(
+                f"a span of {size} tokens has a length that depends on data (padding is removed "
+                "inside the model), so no tiles can be laid out before the graph runs"
+            )
     return found
 
 
-def raster_events(program: Program) -> list[tuple[Dim, Grid]]:
-    """All (length, grid) that a reshape of the program merges or splits in raster order."""
-    events: list[tuple[Dim, Grid]] = []
+def raster_events(program: Program) -> list[Event]:
+    """What the reshapes of a program merge or split in raster order."""
+    events: list[Event] = []
     for node in program.nodes:
         if op_name(node) not in _RESHAPES or not node.args or not isinstance(node.args[0], fx.Node):
             continue
@@ -75,19 +132,19 @@ def raster_events(program: Program) -> list[tuple[Dim, Grid]]:
         if before is None or after is None:
             continue
         for fine, coarse in ((before, after), (after, before)):
-            events += _merged_triples(fine, coarse)
+            events += [Event(n, grid, node) for n, grid in _merged_triples(fine, coarse)]
     return events
 
 
 def _merged_triples(fine: list[Dim], coarse: list[Dim]) -> list[tuple[Dim, Grid]]:
     """Three neighbouring axes of `fine` that are one axis of `coarse`.
 
-    Y or X of size 1 is refused, because (1, N, 1) is what every unsqueeze looks like.
+    Y or X of size 1 is refused, because (1, N, 1) is what every unsqueeze looks like; so is 0.
     """
     found: list[tuple[Dim, Grid]] = []
     for i in range(len(fine) - 2):
         t, y, x = fine[i : i + 3]
-        if same(y, 1) or same(x, 1):
+        if same(y, 1) or same(x, 1) or same(product((t, y, x)), 0):
             continue
         for j, length in enumerate(coarse):
             if same(product((t, y, x)), length) and same(product(fine[:i]), product(coarse[:j])):
@@ -96,40 +153,81 @@ def _merged_triples(fine: list[Dim], coarse: list[Dim]) -> list[tuple[Dim, Grid]
     return found
 
 
-def _vote(events: list[tuple[Dim, Grid]], length: Dim) -> Grid | None:
-    """The grid that most events of this length agree on; T = 1 only where nothing else is seen.
+def _vote(votes: Counter[Grid]) -> Grid | None:
+    """The grid with most votes; None where there is none, or two have as many.
 
-    (1, 3, 20) also appears beside (3, 4, 5), when frames and rows are merged first.
+    (1, T, Y X) stands beside (T, Y, X) where rows and columns are merged first: it is no grid.
     """
-    votes = Counter(grid for size, grid in events if same(size, length))
-    moving = Counter({grid: n for grid, n in votes.items() if not same(grid[0], 1)})
-    best = (moving or votes).most_common(1)
-    return best[0][0] if best else None
+    votes = Counter(
+        {
+            grid: n
+            for grid, n in votes.items()
+            if not same(grid[0], 1)
+            or not any(same(grid[1], t) and same(grid[2], y * x) for t, y, x in votes)
+        }
+    )
+    best = votes.most_common(2)
+    if not best or (len(best) == 2 and best[0][1] == best[1][1]):
+        return None
+    return best[0][0]
 
 
-def _from_graph(
-    program: Program,
-    candidate: Candidate,
-    events: list[tuple[Dim, Grid]],
-    attention: set[fx.Node],
-) -> Found | str:
-    sources = set(latents(program))
-    fitting: list[tuple[int, Grid]] = []
-    for index, segment in enumerate(candidate.segments):
-        stream = residual_stream(program, segment.node, attention)
-        if not stream & sources:
-            continue
-        grid = _vote(events, segment.length)
-        if grid is not None:
-            fitting.append((index, grid))
+def _count(events: list[Event], length: Dim, path: set[fx.Node], others: int = 1) -> Counter[Grid]:
+    votes: Counter[Grid] = Counter()
+    for event in events:
+        if same(event.length, length):
+            votes[event.grid] += 3 if event.node in path else others
+    return +votes
+
+
+def _path(program: Program, call: AttentionCall, stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """What the queries and keys of an attention are made from."""
+    assert call.query is not None and call.key is not None
+    return {n for side in (call.query, call.key) for n in program.walk_back(side, stop)}
+
+
+def _table_votes(
+    program: Program, candidate: Candidate, events: list[Event]
+) -> dict[int, Counter[Grid]]:
+    """For each span of a sequence, what its tables of positions say of its grid.
+
+    Tables meet queries and keys behind their projections: nothing before those is looked at.
+    """
+    if candidate.reason:
+        return {}
+    path = _path(program, candidate.call, is_linear)
+    votes = {
+        i: _count(events, segment.length, path, others=0)
+        for i, segment in enumerate(candidate.segments)
+    }
+    return {i: v for i, v in votes.items() if v}
+
+
+def _from_latent(
+    streams: Streams, candidate: Candidate, events: list[Event], hints: Hints
+) -> Found | Unfit:
     lengths = [s.length for s in candidate.segments]
+    video = [i for i, s in enumerate(candidate.segments) if streams.is_video(s.node)]
+    if not video:
+        return Unfit(
+            f"self-attention over {lengths} tokens that do not come from a latent: text or audio",
+            Role.OTHER,
+        )
+    if hints.origin == "options":
+        return _from_hints(candidate, hints, video)
+    path = _path(streams.program, candidate.call, lambda n: n in streams.attention)
+    events = [e for e in events if _divides_a_latent(e.grid, streams.latents)]
+    grids = {i: _vote(_count(events, lengths[i], path)) for i in video}
+    fitting = [(i, grid) for i, grid in grids.items() if grid is not None]
     if not fitting:
-        return (
+        return Unfit(
             f"no reshape to or from (T, Y, X) found for a sequence of {lengths} tokens that comes "
-            'from a latent; state the grid with options={"grid": [T, Y, X]}'
+            'from a latent, or several that differ; state the grid with options={"grid": [T, Y, X]}'
         )
     if len(fitting) > 1:
-        return (
+        fitting = _longest(lengths, fitting)
+    if len(fitting) > 1:
+        return Unfit(
             f"several spans of {lengths} tokens come from a latent; which of them is the video "
             "cannot be told"
         )
@@ -137,10 +235,56 @@ def _from_graph(
     return _spans(candidate.segments, index, grid, "graph")
 
 
-def _from_hints(candidate: Candidate, hints: Hints) -> Found | str:
+def _divides_a_latent(grid: Grid, latents: Iterable[fx.Node]) -> bool:
+    """Whether a latent can be cut into such a grid by patches that are as high as wide.
+
+    Heads and windows are reshaped too, and their sizes may multiply to the number of tokens. Where
+    sizes are symbols nothing is ruled out.
+    """
+    sizes = [s[1:] for node in latents if (s := shape(node)) is not None]
+    if not all(isinstance(n, int) for s in (grid, *sizes) for n in s):
+        return True
+    return any(
+        t % grid[0] == y % grid[1] == x % grid[2] == 0 and y // grid[1] == x // grid[2]
+        for s in sizes
+        for t, y, x in combinations(s, 3)
+    )
+
+
+def _longest(lengths: list[Dim], fitting: list[tuple[int, Grid]]) -> list[tuple[int, Grid]]:
+    """Of several spans of video the longest: the others are what it is conditioned on."""
+    sizes = [lengths[i] for i, _ in fitting]
+    if not all(isinstance(size, int) for size in sizes):
+        return fitting
+    longest = max(size for size in sizes if isinstance(size, int))
+    return [f for f, size in zip(fitting, sizes, strict=True) if size == longest]
+
+
+def _from_tables(candidate: Candidate, votes: dict[int, Counter[Grid]]) -> Found | Unfit:
+    """The grid where the model is given tokens: its tables of positions are all there is."""
+    lengths = [s.length for s in candidate.segments]
+    grids = [(i, grid) for i, v in votes.items() if (grid := _vote(v)) is not None]
+    if len(grids) != 1:
+        return Unfit(
+            f"the tables of positions of {lengths} tokens show no grid, or several; state it with "
+            'options={"grid": [T, Y, X]}'
+        )
+    index, grid = grids[0]
+    if same(grid[0], 1):
+        return Unfit(
+            "the model is given tokens, and their positions are those of one frame: an image; for "
+            'a video of one frame state options={"grid": [1, Y, X]}'
+        )
+    return _spans(candidate.segments, index, grid, "graph")
+
+
+def _from_hints(
+    candidate: Candidate, hints: Hints, among: Sequence[int] | None = None
+) -> Found | Unfit:
+    """The grid that is known from outside; `among`: the spans that may be the video."""
     lengths = [s.length for s in candidate.segments]
     if not hints.grids:
-        return (
+        return Unfit(
             "this graph has no latent, and the model's own input gave no grid; state it with "
             'options={"grid": [T, Y, X]}'
         )
@@ -148,16 +292,18 @@ def _from_hints(candidate: Candidate, hints: Hints) -> Found | str:
         (i, grid)
         for i, length in enumerate(lengths)
         for grid in hints.grids
-        if same(length, product(grid))
+        if (among is None or i in among) and same(length, product(grid))
     ]
     if not fitting:
         shown = " or ".join(str(list(grid)) for grid in hints.grids[:3])
-        return (
+        return Unfit(
             f"self-attention over spans of {lengths} tokens, and grid {shown} (from "
             f"{hints.origin}) has another number of tokens"
         )
     if len({i for i, _ in fitting}) > 1:
-        return f"several spans of {lengths} tokens fit the grid; which is the video cannot be told"
+        return Unfit(
+            f"several spans of {lengths} tokens fit the grid; which is the video cannot be told"
+        )
     index, grid = fitting[0]
     return _spans(candidate.segments, index, grid, hints.origin)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
 from fpsc.kernels.kinds import ALL_CELLS
 from fpsc.passes.graph import Program, example, module_path, product
-from fpsc.passes.infer_grid import Found, Hints, infer_grid
+from fpsc.passes.infer_grid import Found, Hints, Unfit, infer_grid
 from fpsc.passes.match import Candidate, match
 from fpsc.passes.normalise import find_attention
 from fpsc.passes.rewrite import Rewritten, Target, rewrite
@@ -76,6 +76,10 @@ def analyse(
     program = Program(module)
     candidates = match(program, find_attention(program))
     grids = infer_grid(program, candidates, hints or Hints())
+    candidates = [
+        replace(c, role=g.role) if isinstance(g, Unfit) and g.role else c
+        for c, g in zip(candidates, grids, strict=True)
+    ]
     decisions = [
         _decide(program, candidate, found, limits or Limits())
         for candidate, found in zip(candidates, grids, strict=True)
@@ -108,10 +112,10 @@ def query_of(target: Target) -> torch.Tensor:
 
 
 def _decide(
-    program: Program, candidate: Candidate, found: Found | str, limits: Limits
+    program: Program, candidate: Candidate, found: Found | Unfit, limits: Limits
 ) -> Target | str:
-    if isinstance(found, str):
-        return found
+    if isinstance(found, Unfit):
+        return found.reason
     call = candidate.call
     assert call.query is not None
     query = example(call.query)

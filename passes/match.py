@@ -12,16 +12,17 @@ from fpsc.passes.graph import (
     Dim,
     Program,
     argument,
+    dim,
     example,
     is_cat,
     is_convolution,
     is_linear,
-    is_parameter,
     op_name,
     same,
     shape,
 )
 from fpsc.passes.normalise import AttentionCall
+from fpsc.passes.streams import Segment, Streams, latents
 
 _PASS_THROUGH = frozenset(["to", "type_as", "float", "dropout", "contiguous", "mul"])
 
@@ -37,14 +38,6 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A span of a sequence that comes from one stream; `node` yields it."""
-
-    length: Dim
-    node: fx.Node
-
-
-@dataclass(frozen=True)
 class Candidate:
     """An attention call with what the data flow says of it.
 
@@ -52,7 +45,7 @@ class Candidate:
         role: for self-attention a guess that the grid confirms: `JOINT` when the sequence is a
             concatenation, else `VIDEO`.
         segments: spans of the sequence, in order.
-        key_mask: bool node of shape [B, 1, 1, N], or None.
+        key_mask: bool node [B, any, any, N] whose first head and query hold for all, or None.
         reason: why the call stays dense; "" when it is self-attention that may be replaced.
     """
 
@@ -65,21 +58,9 @@ class Candidate:
 
 def match(program: Program, calls: list[AttentionCall]) -> list[Candidate]:
     """Classify every attention call of a program."""
-    attention = {call.node for call in calls}
+    streams = Streams(program, frozenset(call.node for call in calls))
     batch = latent_batch(program)
-    return [_classify(program, call, attention, batch) for call in calls]
-
-
-def latents(program: Program) -> list[fx.Node]:
-    """Inputs that look like a video latent: floating point, five axes, no parameter."""
-    return [
-        node
-        for node in program.placeholders
-        if not is_parameter(node)
-        and isinstance(value := example(node), torch.Tensor)
-        and value.ndim == 5
-        and value.is_floating_point()
-    ]
+    return [_classify(streams, call, batch) for call in calls]
 
 
 def latent_batch(program: Program) -> Dim | None:
@@ -87,14 +68,9 @@ def latent_batch(program: Program) -> Dim | None:
     return (shape(found[0]) or [None])[0] if found else None
 
 
-def residual_stream(program: Program, node: fx.Node, attention: set[fx.Node]) -> set[fx.Node]:
-    """All that `node` depends on without going through an attention: the stream it belongs to."""
-    return set(program.walk_back(node, stop=lambda n: n in attention))
+def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candidate:
+    program = streams.program
 
-
-def _classify(
-    program: Program, call: AttentionCall, attention: set[fx.Node], batch: Dim | None
-) -> Candidate:
     def dense(role: Role, reason: str) -> Candidate:
         return Candidate(call, role, reason=reason)
 
@@ -121,25 +97,65 @@ def _classify(
         return dense(Role.OTHER, f"head_dim of values ({value[3]}) differs from {query[3]}")
     key_mask = None
     if call.mask is not None:
-        problem = _mask_problem(call.mask)
-        if problem:
-            return dense(Role.OTHER, problem)
-        assert isinstance(call.mask, fx.Node)
-        key_mask = call.mask
-    segments = _segments(program, call.query, query[2], attention)
+        key_mask = key_padding(call.mask)
+        if key_mask is None:
+            return dense(Role.OTHER, _mask_problem(call.mask))
+    segments = _segments(streams, call.query, query[2])
     return Candidate(call, Role.JOINT if len(segments) > 1 else Role.VIDEO, segments, key_mask)
 
 
+def key_padding(mask: object) -> fx.Node | None:
+    """The node whose first head and first query say which keys take part, or None.
+
+    That is the mask itself where it is boolean and equal for all heads and queries: of size 1, or
+    expanded, along both axes. Of padding that is repeated and multiplied by its own transpose it is
+    the padding: rows of padded queries, which no other row sees, are all that differs.
+    """
+    value = example(mask)
+    if not isinstance(mask, fx.Node) or not isinstance(value, torch.Tensor):
+        return None
+    if value.dtype != torch.bool or value.ndim != 4:
+        return None
+    if all(same(dim(value.shape[axis]), 1) or value.stride(axis) == 0 for axis in (1, 2)):
+        return mask
+    return _outer_product(mask)
+
+
+def _outer_product(mask: fx.Node) -> fx.Node | None:
+    """`padding` [B, 1, 1, N], where a mask is `p & p.transpose(2, 3)` with p its repetition."""
+    while op_name(mask) in ("bool", "to") and mask.all_input_nodes:
+        mask = mask.all_input_nodes[0]
+    if op_name(mask) not in ("and_", "__and__", "logical_and", "bitwise_and", "mul"):
+        return None
+    if len(mask.all_input_nodes) != 2:
+        return None
+    first, second = mask.all_input_nodes
+    for repeated, turned in ((first, second), (second, first)):
+        axes = sorted(a % 4 for a in turned.args[1:] if isinstance(a, int))
+        if op_name(turned) != "transpose" or turned.args[0] is not repeated or axes != [2, 3]:
+            continue
+        source = repeated.args[0] if repeated.args else None
+        if op_name(repeated) not in ("repeat", "expand") or not isinstance(source, fx.Node):
+            continue
+        sizes, value = shape(source), example(source)
+        if sizes is None or len(sizes) != 4 or not (same(sizes[1], 1) and same(sizes[2], 1)):
+            continue
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+            return source
+    return None
+
+
 def _mask_problem(mask: object) -> str:
-    """Why a mask is not a key-padding mask; "" if it is one."""
+    """Why a mask is not key padding."""
     value = example(mask)
     if not isinstance(value, torch.Tensor):
         return f"mask of unknown kind: {mask}"
     if value.dtype != torch.bool:
         return f"additive mask of {value.dtype}; only boolean key-padding masks are understood"
-    if value.ndim != 4 or value.shape[1] != 1 or value.shape[2] != 1:
-        return f"mask of shape {list(value.shape)}; expected key padding, [batch, 1, 1, tokens]"
-    return ""
+    return (
+        f"mask of shape {list(value.shape)}; expected key padding, [batch, 1, 1, tokens], equal "
+        "for all heads and queries"
+    )
 
 
 def projected_from(program: Program, node: fx.Node) -> set[fx.Node]:
@@ -177,25 +193,46 @@ def _behind_casts(node: object) -> fx.Node | None:
     return node if isinstance(node, fx.Node) else None
 
 
-def _segments(
-    program: Program, query: fx.Node, length: Dim, attention: set[fx.Node]
-) -> tuple[Segment, ...]:
-    """Operands of the nearest concatenation along the sequence that the queries come from."""
-    for node in program.walk_back(query, stop=lambda n: n in attention):
-        if not is_cat(node):
-            continue
-        axis = argument(node, 1, "dim", 0)
-        sizes, operands = shape(node), argument(node, 0, "tensors")
-        if sizes is None or not isinstance(axis, int) or not isinstance(operands, list | tuple):
-            continue
-        axis %= len(sizes)
-        if axis == len(sizes) - 1 or not same(sizes[axis], length):
-            continue
-        shapes = [shape(o) for o in operands]
-        if all(s is not None for s in shapes):
-            return tuple(
-                Segment(s[axis], o)
-                for s, o in zip(shapes, operands, strict=True)
-                if s is not None and isinstance(o, fx.Node)
-            )
+def _segments(streams: Streams, query: fx.Node, length: Dim) -> tuple[Segment, ...]:
+    """Spans of the sequence that the queries come from, in order.
+
+    They are the operands of the nearest concatenation along the sequence, and of those that
+    built the operands. Tables of positions and modulations are concatenated too: where the graph
+    has a latent, one of the operands must come from it.
+    """
+    for node in streams.program.walk_back(query, stop=lambda n: n in streams.attention):
+        operands = _concatenated(node, length)
+        if operands and streams.holds_video(operands):
+            return tuple(s for o in operands for s in _parts(streams, o))
     return (Segment(length, query),)
+
+
+def _parts(streams: Streams, segment: Segment) -> tuple[Segment, ...]:
+    """The segments that a segment was concatenated from, where one of them is video."""
+    if streams.latents and streams.is_video(segment.node):
+        for node in streams.program.walk_back(segment.node, stop=lambda n: n in streams.attention):
+            operands = _concatenated(node, segment.length)
+            if len(operands) > 1 and streams.holds_video(operands):
+                return tuple(s for o in operands for s in _parts(streams, o))
+    return (segment,)
+
+
+def _concatenated(node: fx.Node, length: Dim) -> list[Segment]:
+    """Operands of a concatenation along the sequence to this length; none if it is not one."""
+    sizes = shape(node)
+    if not is_cat(node) or sizes is None or len(sizes) not in (3, 4):
+        return []
+    axis, operands = argument(node, 1, "dim", 0), argument(node, 0, "tensors")
+    if not isinstance(axis, int) or not isinstance(operands, list | tuple):
+        return []
+    axis %= len(sizes)
+    if axis == len(sizes) - 1 or not same(sizes[axis], length):
+        return []
+    found = []
+    for operand in operands:
+        part = shape(operand)
+        if part is None or not isinstance(operand, fx.Node):
+            return []
+        if not same(part[axis], 0):  # padding that turned out not to be needed
+            found.append(Segment(part[axis], operand))
+    return found

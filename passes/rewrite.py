@@ -128,7 +128,7 @@ class _Writer:
         children: dict[str, fx.GraphModule] = {}
         for original, node in copied.items():
             if original in self.targets:
-                self._replace(graph, node, original, values)
+                self._replace(graph, node, original, values, copied)
         for child in self.program.bodies:
             if child.parent is body and self._holds_site(child):
                 assert child.call is not None
@@ -152,7 +152,12 @@ class _Writer:
         )
 
     def _replace(
-        self, graph: fx.Graph, node: fx.Node, original: fx.Node, values: dict[str, fx.Node]
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        original: fx.Node,
+        values: dict[str, fx.Node],
+        copied: dict[fx.Node, fx.Node],
     ) -> None:
         site, target = self.targets[original]
         call, span = target.candidate.call, self.spans.index(target.found)
@@ -163,7 +168,7 @@ class _Writer:
         with graph.inserting_before(node):
             mask = None
             if target.candidate.key_mask is not None:
-                mask = _key_mask(graph, node, out_example)
+                mask = _key_mask(graph, target.candidate.key_mask, copied)
             both = graph.call_function(
                 torch.ops.fpsc.attention.default,
                 (
@@ -197,10 +202,9 @@ def node_arguments(node: fx.Node) -> list[fx.Node]:
     return [node.args[i] if len(node.args) > i else node.kwargs[n] for i, n in enumerate(named)]  # type: ignore[misc]
 
 
-def _key_mask(graph: fx.Graph, node: fx.Node, out: torch.Tensor) -> fx.Node:
-    """[B or 1, 1, 1, N] as it stands in the graph, as [B or 1, N]."""
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs["attn_mask"]
-    flat = graph.call_function(operator.getitem, (mask, (slice(None), 0, 0)))
+def _key_mask(graph: fx.Graph, mask: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
+    """[B or 1, N] of a mask [B or 1, any, any, N] that is equal for all heads and queries."""
+    flat = graph.call_function(operator.getitem, (copied[mask], (slice(None), 0, 0)))
     value = example(mask)
     assert isinstance(value, torch.Tensor)
     flat.meta["example_value"] = value[:, 0, 0]
