@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._guards import detect_fake_mode
 
 from fpsc.passes.calls import AttentionCall
 from fpsc.passes.graph import example
@@ -55,7 +57,8 @@ class Sketch:
 
         given = [fx.node.map_aggregate(a, value) for a in args]
         named = {k: fx.node.map_aggregate(a, value) for k, a in kwargs.items()}
-        with torch.no_grad():
+        mode = detect_fake_mode([given, named])
+        with torch.no_grad(), mode or nullcontext():
             if isinstance(target, str):
                 result = getattr(given[0], target)(*given[1:], **named)
             else:

@@ -134,7 +134,7 @@ def _same_count(a: list[Dim], b: list[Dim]) -> bool:
 
 def _feeds_product(node: fx.Node) -> bool:
     seen, queue = {node}, [node]
-    for current in queue[:64]:
+    for current in queue:
         for user in current.users:
             if op_name(user) in PRODUCTS:
                 return True
@@ -448,6 +448,9 @@ def _fold(query: fx.Node, letters: str, batch: list[str]) -> Fold:
         raise unknown
     if origin.kind == "origin":
         return Fold(1)
+    if origin.kind == "heads":  # a batch of one, that is gone
+        size = (shape(query) or [])[axes[0]]
+        return Fold(size if isinstance(size, int) else 0)
     if origin.kind == "regrouped":
         return Fold(int(origin.heads))  # type: ignore[call-overload]
     if origin.kind != "merged":
