@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from fpsc.passes.calls import AttentionCall
 from fpsc.passes.graph import example
@@ -57,8 +58,7 @@ class Sketch:
 
         given = [fx.node.map_aggregate(a, value) for a in args]
         named = {k: fx.node.map_aggregate(a, value) for k, a in kwargs.items()}
-        mode = detect_fake_mode([given, named])
-        with torch.no_grad(), mode or nullcontext():
+        with torch.no_grad(), _mode_of(given, named):
             if isinstance(target, str):
                 result = getattr(given[0], target)(*given[1:], **named)
             else:
@@ -139,3 +139,11 @@ def erase_with_sources(node: fx.Node) -> None:
         sources = list(current.all_input_nodes)
         current.graph.erase_node(current)
         queue += [s for s in sources if s not in queue]
+
+
+def _mode_of(*values: Any) -> AbstractContextManager[Any]:
+    """The fake mode of example values; while a backend runs, Dynamo's current one is another."""
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, FakeTensor):
+            return leaf.fake_mode
+    return nullcontext()

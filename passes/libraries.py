@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ _MEANING = {
     "q": "query", "query": "query", "k": "key", "key": "key", "v": "value", "value": "value",
     "softmax_scale": "scale", "scale": "scale", "sm_scale": "scale",
     "dropout_p": "dropout", "p": "dropout", "causal": "causal", "is_causal": "causal",
-    "attn_mask": "mask", "attn_bias": "mask", "cu_seqlens_q": "starts_q", "cu_seqlens_k": "starts_k",
+    "attn_mask": "mask", "attn_bias": "mask",
+    "cu_seqlens_q": "starts_q", "cu_seqlens_k": "starts_k",
     "max_seqlen_q": "longest_q", "max_seqlen_k": "longest_k",
 }  # fmt: skip
 _FREE = frozenset(
@@ -122,7 +124,8 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     named = dict(bound.arguments)
     for parameter in bound.signature.parameters.values():
         if parameter.kind == parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
+            named.update(bound.arguments[parameter.name])
+            del named[parameter.name]
     return named
 
 
@@ -202,7 +205,7 @@ def _sequences(found: dict[str, Any], qkv: list[Any]) -> int | None:
                 "its cu_seqlens are not constants of the graph, and it cannot be shown that the "
                 "sequences are all of one length and fill the tokens"
             )
-        steps = {b - a for a, b in zip(starts, starts[1:], strict=False)}
+        steps = {b - a for a, b in pairwise(starts)}
         if starts[0] != 0 or len(steps) != 1 or not same(starts[-1], tokens):
             raise _Refused(f"its cu_seqlens {starts} are not sequences of one length that fill it")
         counts.append(len(starts) - 1)

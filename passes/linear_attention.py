@@ -1,4 +1,4 @@
-"""Linear attention, q (k^T v): it has no scores that could be sparse, and is named for the report."""
+"""Linear attention, q (k^T v): it has no scores to leave out, and is named for the report."""
 
 from __future__ import annotations
 

@@ -131,10 +131,10 @@ class _Writer:
             if original in self.targets:
                 copied[original] = self._replace(graph, node, original, values)
         for _, target in self.targets.values():
-            call = target.candidate.call
-            if call.restored in copied:
-                copied[call.node].replace_all_uses_with(copied[call.restored])
-                erase_with_sources(copied[call.node])
+            written = target.candidate.call
+            if written.restored in copied:
+                copied[written.node].replace_all_uses_with(copied[written.restored])
+                erase_with_sources(copied[written.node])
         for child in self.program.bodies:
             if child.parent is body and self._holds_site(child):
                 assert child.call is not None

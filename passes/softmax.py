@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import fx
@@ -153,7 +154,7 @@ def _read(node: fx.Node, start: fx.Node, path: list[fx.Node]) -> AttentionCall:
     scores = Scores(tuple(role[c] for c in first.letters[2]), first.scale)
     if first.bias is not None:
         scores.masks.append((first.bias, None, 0.0, 1.0, scores.roles))
-    for before, current in zip(path, path[1:], strict=False):
+    for before, current in pairwise(path):
         _step(scores, before, current)
     dim = argument(node if start is node else node.args[1], 1, "dim")  # type: ignore[arg-type]
     if isinstance(dim, list | tuple) and len(dim) == 1:
@@ -564,16 +565,16 @@ def keys_that_take_part(sketch: Sketch, bias: fx.Node) -> fx.Node | None:
     Known: zeros.masked_fill(mask, low), where(mask, 0, low), and (1 - mask) * low.
     """
     name = short_name(bias)
-    if name in ("unsqueeze", "view", "reshape", "expand", "to", "float", "type_as"):
-        return None if name != "to" else _behind(sketch, bias)
+    if name in ("to", "float", "type_as"):
+        return keys_that_take_part(sketch, bias.all_input_nodes[0])
     if name == "masked_fill":
         base, mask = bias.args[0], argument(bias, 1, "mask")
         low = number_of(argument(bias, 2, "value"))
         zeros = isinstance(base, fx.Node) and op_name(base) in ("zeros_like", "zeros", "new_zeros")
         lone = isinstance(base, fx.Node) and len(base.users) == 1
-        if zeros and lone and low is not None and low <= _LOW and isinstance(mask, fx.Node):
-            if _dtype(mask) == torch.bool and shape(mask) == shape(bias):
-                return sketch.call(torch.logical_not, mask)
+        known = zeros and lone and low is not None and low <= _LOW and isinstance(mask, fx.Node)
+        if known and _dtype(mask) == torch.bool and shape(mask) == shape(bias):  # type: ignore[arg-type]
+            return sketch.call(torch.logical_not, mask)
     if name == "where":
         mask, yes, no = (
             argument(bias, i, n) for i, n in enumerate(("condition", "input", "other"))
@@ -588,11 +589,6 @@ def keys_that_take_part(sketch: Sketch, bias: fx.Node) -> fx.Node | None:
         if low is not None and low <= _LOW and isinstance(inner, fx.Node):
             return _one_minus(inner)
     return None
-
-
-def _behind(sketch: Sketch, cast: fx.Node) -> fx.Node | None:
-    source = cast.all_input_nodes[0]
-    return keys_that_take_part(sketch, source) if len(cast.all_input_nodes) == 1 else None
 
 
 def _one_minus(node: fx.Node) -> fx.Node | None:
