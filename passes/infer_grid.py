@@ -16,9 +16,9 @@ import sympy
 import torch
 from torch import fx
 
+from fpsc.passes.calls import AttentionCall
 from fpsc.passes.graph import Dim, Program, example, is_linear, op_name, product, same, shape
 from fpsc.passes.match import Candidate, Role
-from fpsc.passes.normalise import AttentionCall
 from fpsc.passes.streams import Segment, Streams
 
 _RESHAPES = frozenset(["reshape", "view", "flatten", "unflatten", "_unsafe_view"])

@@ -13,7 +13,7 @@ from fpsc.kernels.kinds import ALL_CELLS
 from fpsc.passes.graph import Program, example, module_path, product
 from fpsc.passes.infer_grid import Found, Hints, Unfit, infer_grid
 from fpsc.passes.match import Candidate, match
-from fpsc.passes.normalise import find_attention
+from fpsc.passes.normalise import normalise
 from fpsc.passes.rewrite import Rewritten, Target, rewrite
 from fpsc.passes.thread import find_timestep, layer_weight
 
@@ -73,8 +73,8 @@ def analyse(
         argument_names: positional arguments of the compiled module, without `self`.
         timestep: name of the argument that holds the timestep, where the user states it.
     """
-    program = Program(module)
-    candidates = match(program, find_attention(program))
+    program, calls = normalise(module)
+    candidates = match(program, calls)
     grids = infer_grid(program, candidates, hints or Hints())
     candidates = [
         replace(c, role=g.role) if isinstance(g, Unfit) and g.role else c

@@ -8,6 +8,7 @@ from enum import StrEnum
 import torch
 from torch import fx
 
+from fpsc.passes.calls import AttentionCall
 from fpsc.passes.graph import (
     Dim,
     Program,
@@ -21,7 +22,6 @@ from fpsc.passes.graph import (
     same,
     shape,
 )
-from fpsc.passes.normalise import AttentionCall
 from fpsc.passes.streams import Segment, Streams, latents
 
 _PASS_THROUGH = frozenset(["to", "type_as", "float", "dropout", "contiguous", "mul"])

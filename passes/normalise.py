@@ -2,86 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from torch import fx
 
-from fpsc.passes.graph import Program, argument, op_name, qualified_name, shape
+from fpsc.passes.calls import AttentionCall
+from fpsc.passes.edit import copy_module
+from fpsc.passes.graph import Program, argument, op_name, shape
+from fpsc.passes.libraries import is_library, read_library
+from fpsc.passes.linear_attention import read_linear
+from fpsc.passes.softmax import is_softmax, read_softmax
 
 _SDPA = "scaled_dot_product_attention"
 
-# Kernels that other libraries put into a graph in place of SDPA: what they are, and how to get SDPA
-# back.
-_FOREIGN = {
-    "flex_attention": "FlexAttention",
-    "flash_attn": "flash-attn",
-    "sageattn": "SageAttention",
-    "sage_attention": "SageAttention",
-    "memory_efficient_attention": "xFormers",
-    "_native_multi_head_attention": "nn.MultiheadAttention's fast path",
-    "multi_head_attention_forward": "nn.MultiheadAttention",
-}
-_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "__matmul__")
 
+def normalise(module: fx.GraphModule) -> tuple[Program, list[AttentionCall]]:
+    """A program and all attention calls in it, in execution order.
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """One attention in a graph, whatever its spelling.
-
-    Attributes:
-        node: the node whose value is the attention's output.
-        spelling: `sdpa`, or the name of what computes it.
-        query, key, value: nodes of shape [B, H, N, D]; None where the spelling is not understood.
-        mask: `attn_mask`, or None. causal, dropout, scale: as SDPA defines them.
-        unsupported: why this spelling cannot be rewritten, with the fix; "" when it can.
+    A graph that holds only SDPA calls is taken as it is. Of any other a copy is made, and beside
+    each attention that can be rewritten stands an SDPA call of the same value, without users.
     """
-
-    node: fx.Node
-    spelling: str
-    query: fx.Node | None = None
-    key: fx.Node | None = None
-    value: fx.Node | None = None
-    mask: object = None
-    causal: bool = False
-    dropout: float = 0.0
-    scale: float | None = None
-    unsupported: str = ""
+    program = Program(module)
+    copied = any(_is_call(n) and (is_softmax(n) or is_library(n)) for n in program.nodes)
+    if copied:
+        program = Program(copy_module(module))
+    read = (_read_other(node) for node in program.nodes if _is_call(node))
+    found = {call.node: call for call in read if call is not None}
+    if copied:
+        program = Program(program.root.module)  # with what was inserted
+    return program, _in_order(program, found)
 
 
-def find_attention(program: Program) -> list[AttentionCall]:
-    """All attention calls of a program in execution order."""
-    calls = (_read(node) for node in program.nodes)
-    return [call for call in calls if call is not None]
+def _in_order(program: Program, found: dict[fx.Node, AttentionCall]) -> list[AttentionCall]:
+    twins = {call.twin for call in found.values()}
+    calls = []
+    for node in program.nodes:
+        if node in found:
+            calls.append(found[node])
+        elif _is_call(node) and op_name(node) == _SDPA and node not in twins:
+            calls.append(_read_sdpa(node))
+    return calls
 
 
-def _read(node: fx.Node) -> AttentionCall | None:
-    if node.op not in ("call_function", "call_method"):
-        return None
-    name = op_name(node)
-    if name == _SDPA:
-        return _read_sdpa(node)
-    for fragment, library in _FOREIGN.items():
-        if fragment in qualified_name(node):
-            return AttentionCall(
-                node,
-                library,
-                unsupported=(
-                    f"attention is computed by {library}, which is not rewritten; let the model "
-                    "call scaled_dot_product_attention (in diffusers: "
-                    'model.set_attention_backend("native")) before compiling'
-                ),
-            )
-    if name in ("softmax", "_softmax") and _is_manual_attention(node):
-        return AttentionCall(
-            node,
-            "softmax(q k^T) v",
-            unsupported=(
-                "attention is written out as softmax(q k^T) v, which is not rewritten; "
-                "call torch.nn.functional.scaled_dot_product_attention in the model"
-            ),
-        )
-    return None
+def _is_call(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method")
+
+
+def _read_other(node: fx.Node) -> AttentionCall | None:
+    if is_library(node):
+        return read_library(node)
+    return read_softmax(node) if is_softmax(node) else read_linear(node)
 
 
 def _read_sdpa(node: fx.Node) -> AttentionCall:
@@ -107,21 +75,3 @@ def _read_sdpa(node: fx.Node) -> AttentionCall:
         scale=scale if isinstance(scale, float | int) else None,
         unsupported=unsupported,
     )
-
-
-def _is_manual_attention(softmax: fx.Node) -> bool:
-    """A softmax fed by a matrix product whose result goes into another one."""
-    fed = _reaches(softmax, lambda n: list(n.all_input_nodes[:1]))
-    feeds = _reaches(softmax, lambda n: list(n.users)[:1])
-    return fed and feeds
-
-
-def _reaches(node: fx.Node, step: Callable[[fx.Node], list[fx.Node]], limit: int = 8) -> bool:
-    for _ in range(limit):
-        following = step(node)
-        if not following:
-            return False
-        node = following[0]
-        if op_name(node) in _PRODUCTS:
-            return True
-    return False

@@ -17,6 +17,7 @@ from torch import fx
 import fpsc.kernels.ops
 import fpsc.kernels.rows  # noqa: F401  both register the ops that are inserted here
 from fpsc.kernels.kinds import ALL_CELLS
+from fpsc.passes.edit import erase_unused, erase_with_sources
 from fpsc.passes.graph import Body, Program, example
 from fpsc.passes.infer_grid import Found
 from fpsc.passes.match import Candidate
@@ -98,7 +99,7 @@ class _Writer:
         self.program = program
         self.spans = spans
         self.structure = structure
-        self.targets = {t.candidate.call.node: (i, t) for i, t in enumerate(targets)}
+        self.targets = {t.candidate.call.sdpa: (i, t) for i, t in enumerate(targets)}
 
     def copy(
         self,
@@ -128,7 +129,12 @@ class _Writer:
         children: dict[str, fx.GraphModule] = {}
         for original, node in copied.items():
             if original in self.targets:
-                self._replace(graph, node, original, values, copied)
+                copied[original] = self._replace(graph, node, original, values, copied)
+        for _, target in self.targets.values():
+            written = target.candidate.call
+            if written.restored in copied:
+                copied[written.node].replace_all_uses_with(copied[written.restored])
+                erase_with_sources(copied[written.node])
         for child in self.program.bodies:
             if child.parent is body and self._holds_site(child):
                 assert child.call is not None
@@ -139,6 +145,7 @@ class _Writer:
         if timestep is not None:
             result = (*_as_tuple(result), values["rows"])
         graph.output(result)
+        erase_unused(graph)
         module = fx.GraphModule(body.module, graph)
         module.meta = body.module.meta
         for attribute, child_module in children.items():
@@ -158,7 +165,7 @@ class _Writer:
         original: fx.Node,
         values: dict[str, fx.Node],
         copied: dict[fx.Node, fx.Node],
-    ) -> None:
+    ) -> fx.Node:
         site, target = self.targets[original]
         call, span = target.candidate.call, self.spans.index(target.found)
         query, key, value = node_arguments(node)
@@ -194,6 +201,7 @@ class _Writer:
                 out.meta.update(_site_meta(original), example_value=out_example)
         node.replace_all_uses_with(out)
         graph.erase_node(node)
+        return out
 
 
 def node_arguments(node: fx.Node) -> list[fx.Node]:
