@@ -70,7 +70,7 @@ SUFFIX = {"HunyuanVideoT": TEXT, "JoyImage": TEXT, "Motif": TEXT + 3}
 
 def expected_grid(model: Model, grid: tuple[int, int, int]) -> tuple[int, int, int]:
     t, y, x = grid
-    return (t + 1, y, x) if "Animate" in model.key else grid  # and a reference frame
+    return (t + 1, y, x) if "WanAnimate" in model.key else grid  # and a reference frame
 
 
 def spans(table: dict[str, int], key: str) -> int:
