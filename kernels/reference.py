@@ -45,7 +45,8 @@ Sources
 [3] The 8 spends the range above 1 that P alone would leave empty, and costs nothing. Whole, because
     e4m3 rounds a number and its multiples by powers of two alike: a kernel that sees one key tile
     after the other, with the largest score so far, then rounds P as one that sees all at once, and
-    in whatever order the tiles come.
+    in whatever order the tiles come. The price: P of the largest score is rounded too, which shows
+    where one key has almost all the weight.
 [4] As FlashAttention-3 (arXiv 2407.08608) does: the sum comes from the registers before they are
     packed to e4m3, so it costs no conversion back, l is the denominator of the scores themselves,
     and the P that backward recomputes from the lse adds up to one. The rounding of P is unbiased,

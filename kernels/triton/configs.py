@@ -61,7 +61,7 @@ INTERPRETED = Config(128, 128, 4, 1)
 
 def pack_warps(dp: int, rotated: bool = False) -> int:
     """Warps of a kernel that holds a tile, or two where it is rotated, in float32 registers."""
-    return min(max(dp // 16, 4) * (2 if rotated else 1), 32)
+    return min(max(dp // 16, 4) * (4 if rotated else 1), 32)
 
 
 def permutes_v(capability: tuple[int, int]) -> bool:

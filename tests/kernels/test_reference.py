@@ -88,12 +88,12 @@ def test_fp8_by_hand():
         q_u, k_u, v_u = q[2 * u : 2 * u + 2], k_less[2 * u : 2 * u + 2], v[2 * u : 2 * u + 2]
         a, b = q_u.abs().max() / 448, k_u.abs().max() / 448
         s = SCALE * a * b * (e4m3(q_u / a) @ e4m3(k_u / b).T)
-        m = s.amax(1, keepdim=True)
-        p = 256 * torch.exp(s - m)
+        m = torch.ceil(s.amax(1, keepdim=True) / math.log(2))
+        p = 256 * torch.exp2(s / math.log(2) - m)
         total = p.sum(1, keepdim=True)
         o = c * (e4m3(p) @ e4m3(v_u / c)) / total
         assert relative_rms(out[0, 0, 2 * u : 2 * u + 2], o) <= KERNEL_FP32
-        true_lse = m + torch.log(total / 256) + SCALE * q_u @ (k.sum(0) / 6)[:, None]
+        true_lse = m * math.log(2) + torch.log(total / 256) + SCALE * q_u @ (k.sum(0) / 6)[:, None]
         assert relative_rms(lse[0, 0, 2 * u : 2 * u + 2], true_lse.squeeze(1)) <= KERNEL_FP32
 
 
@@ -181,13 +181,14 @@ def test_k_has_the_finest_grouping_of_the_fp8_cells_that_read_it():
 
 
 def test_p_stays_within_e4m3():
-    """A row that sees one key has p = 2**8, the largest there is, and gets that key's value."""
+    """A row that sees one key has p above 2**7, at most 2**8, and gets that key's value times the
+    rounding of p: a sixteenth of it at most."""
     t = tables((1, 1, 3), (1, 1, 1), [[NEAR_FP8]])
     q, k, v = qkv(t)
     v = v.sign() * 448.0  # representable with scale one
     out, _ = run(100 * q, 100 * k, v, t)
     assert 2.0**reference.P_OFFSET <= reference.E4M3_MAX
-    assert torch.equal(out, v)
+    assert ((out / v - 1).abs() <= 2.0**-4).all()
 
 
 def test_zero_and_tiny_tiles():
