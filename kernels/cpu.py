@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fpsc.kernels import threads
+from fpsc.kernels.kinds import ALL_CELLS
 from fpsc.kernels.reference import E4M3_MAX, P_OFFSET, key_groupings, quantisation_scale
 
 Result = TypeVar("Result")
@@ -83,7 +84,7 @@ def forward(
     valid: Tensor,
     key_mask_BN: Tensor | None,
     scale: float,
-    kinds: int = 3,
+    kinds: int = ALL_CELLS,
 ) -> tuple[Tensor, Tensor, None]:
     """As `reference.forward`."""
     B, H, N, D = q_BHND.shape
@@ -133,7 +134,7 @@ def backward(
     valid: Tensor,
     key_mask_BN: Tensor | None,
     scale: float,
-    kinds: int = 3,
+    kinds: int = ALL_CELLS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`: dq, dk, dv, contiguous, in the dtypes of q, k, v."""
     dq_BHND = q_BHND.new_zeros(q_BHND.shape)

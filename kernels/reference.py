@@ -77,6 +77,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fpsc.kernels.kinds import ALL_CELLS
+
 E4M3_MAX = 448.0
 P_OFFSET = 8.0  # log2 of the factor that P carries when it is rounded to e4m3
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: below it a tile is all zero
@@ -117,7 +119,7 @@ def forward(
     valid: Tensor,
     key_mask_BN: Tensor | None,
     scale: float,
-    kinds: int = 3,
+    kinds: int = ALL_CELLS,
 ) -> tuple[Tensor, Tensor, None]:
     """out [B, H, N, D] in q's dtype, [B, N, H, D]-contiguous, lse [B, H, N] float32, and nothing
     for backward, which computes its operands again. See the module's text."""
@@ -166,7 +168,7 @@ def backward(
     valid: Tensor,
     key_mask_BN: Tensor | None,
     scale: float,
-    kinds: int = 3,
+    kinds: int = ALL_CELLS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq, dk, dv in the shapes and dtypes of q, k, v. See the module's text."""
     dq_BHND = torch.zeros(q_BHND.shape, device=q_BHND.device)

@@ -86,35 +86,30 @@ def candidates(
     bfloat16 and float16 alike.
     """
     found = _candidates(kernel, capability, dp)
-    if kernel == "fp8":
+    if kernel == "fp8" and any(c.specialise for c in found):
         permuted = permutes_v(capability) if permuted is None else permuted
-        found = tuple(c for c in found if not (c.specialise and permuted)) or found
-        if not permuted and any(c.specialise for c in found):
-            found = tuple(c for c in found if c.specialise)
+        found = tuple(c for c in found if c.specialise != permuted)
     return found
+
+
+HOPPER_FORWARD = (
+    Config(128, 128, 4, 2, specialise=True, persistent=True),
+    Config(128, 128, 4, 2, specialise=True),
+    Config(128, 128, 8, 2),
+)
 
 
 def _candidates(kernel: str, capability: tuple[int, int], dp: int) -> tuple[Config, ...]:
     hopper, roomy = capability == (9, 0), capability in ((8, 0), (9, 0), (10, 0))
+    if kernel in FORWARD and hopper and dp <= 128:
+        return HOPPER_FORWARD
     if kernel == "fp8":
         if dp > 128:
             return (Config(64, 64, 8, 2), Config(64, 128, 8, 2))
-        if hopper:
-            return (
-                Config(128, 128, 4, 2, specialise=True, persistent=True),
-                Config(128, 128, 4, 2, specialise=True),
-                Config(128, 128, 8, 2),
-            )
         return (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 4, 2))
     if kernel == "input":
         if dp > 128:
-            return (Config(64, 32, 4, 2),) if not roomy else (Config(128, 64, 8, 2),)
-        if hopper:
-            return (
-                Config(128, 128, 4, 2, specialise=True, persistent=True),
-                Config(128, 128, 4, 2, specialise=True),
-                Config(128, 128, 8, 2),
-            )
+            return (Config(128, 64, 8, 2),) if roomy else (Config(64, 32, 4, 2),)
         return (Config(128, 64, 8, 2), Config(128, 32, 4, 2), Config(64, 64, 4, 2))
     if dp > 128:
         return (Config(64, 32, 8, 1),) if kernel == "query_gradients" else (Config(16, 64, 8, 1),)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fpsc.kernels.triton.forward import LOG2_E  # noqa: F401
 
 E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)

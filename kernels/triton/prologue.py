@@ -65,16 +65,18 @@ class Before:
 
     def arguments(self, norm: Norm | None, head_dim: int) -> tuple[Any, ...]:
         """For a kernel: statistic, weight, cos, sin, epsilon, then what is compiled in."""
-        norm_kind, step, turn = 0, 0, 0
+        norm_kind = turn = pack.NONE
         rstd = weight = cos = sin = None
+        step = 0
         if norm is not None:
-            rstd, weight, norm_kind = norm.rstd, norm.weight, 1 if norm.rstd is None else 2
+            rstd, weight = norm.rstd, norm.weight
+            norm_kind = pack.PER_HEAD if rstd is None else pack.GIVEN
             step = 0 if weight is None or weight.numel() == head_dim else head_dim
         if self.rotation is not None:
             cos, sin = self.rotation.cos, self.rotation.sin
-            turn = 1 if self.rotation.interleaved else 2
+            turn = pack.INTERLEAVED if self.rotation.interleaved else pack.HALF_SPLIT
         epsilon = norm.epsilon if norm is not None else 0.0
-        compiled_in = {"NORM": norm_kind, "ROTATION": turn, "NORM_STRIDE": step}
+        compiled_in = {"NORM": norm_kind.value, "ROTATION": turn.value, "NORM_STRIDE": step}
         return (rstd, weight, cos, sin, epsilon), compiled_in
 
 
@@ -123,9 +125,13 @@ class Call:
         D = self.q.shape[3]
         return {"D": D, "DP": padded_head_dim(D), "BLOCK": self.gather.shape[1]}
 
+    def sides(self, keys: Keys) -> tuple[tuple[Tensor, Norm | None, Keys], ...]:
+        """q and k: what it is, the norm in front of it, and where the rows of its tiles are."""
+        queries = Keys(self.gather, self.valid, 0, 0)
+        return (self.q, self.before.norm_q, queries), (self.k, self.before.norm_k, keys)
+
     def tile_shape(self, heads: int) -> tuple[int, ...]:
-        DP = padded_head_dim(self.q.shape[3])
-        return (self.q.shape[0], heads, *self.gather.shape, DP)
+        return (self.q.shape[0], heads, *self.gather.shape, self.fixed["DP"])
 
 
 def keys_of(
@@ -137,13 +143,18 @@ def keys_of(
     TILES, BLOCK = gather.shape
     keys = gather.new_empty((batch, TILES, BLOCK))
     count = gather.new_empty((batch, TILES))
-    mask = key_mask.expand(batch, tokens).contiguous().view(torch.uint8)
+    mask = _mask_bytes(key_mask, batch, tokens)
     launch(
         pack.compact_keys, (TILES, batch),
         gather, valid, mask, keys, count, mask.stride(0), tokens, TILES,
         BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return Keys(keys, count, TILES * BLOCK, TILES)
+
+
+def _mask_bytes(key_mask: Tensor, batch: int, tokens: int) -> Tensor:
+    """uint8 [batch, tokens], contiguous; the mask's own memory where it is that."""
+    return key_mask.expand(batch, tokens).contiguous().view(torch.uint8)
 
 
 class Lists(NamedTuple):
@@ -173,7 +184,7 @@ def copy_tiles(call: Call, keys: Keys, meta: Tensor, into: Tiles | None = None) 
     H, G, _, _ = call.sizes
     if into is None:
         into = Tiles(*(call.q.new_empty(call.tile_shape(heads)) for heads in (H, G, G)))
-    _pack(call, keys, into, meta, None, None, None, permuted=False)
+    _pack(call, keys, into, meta)
     return into
 
 
@@ -185,14 +196,12 @@ def quantise(
     groups: [groupings, TILES]. permuted: whether V is stored as `pack.permuted` says.
     """
     H, G, N, TILES = call.sizes
-    B, DP = call.q.shape[0], padded_head_dim(call.q.shape[3])
+    B, DP = call.q.shape[0], call.fixed["DP"]
     chunk = -(-N // CHUNKS)
     partial = call.q.new_empty((B, G, CHUNKS, 3, DP), dtype=torch.float32)
     mean = call.q.new_empty((B, G, DP), dtype=torch.float32)
     before, compiled_in = call.before.arguments(call.before.norm_k, call.q.shape[3])
-    mask = None
-    if call.key_mask is not None:
-        mask = call.key_mask.expand(B, N).contiguous().view(torch.uint8)
+    mask = None if call.key_mask is None else _mask_bytes(call.key_mask, B, N)
     launch(
         pack.statistics, (CHUNKS, B * G),
         call.k, call.v, mask, call.modes, partial, *call.k.stride()[:3], *call.v.stride()[:3],
@@ -204,10 +213,8 @@ def quantise(
         partial, call.modes, mean, saved.v_scale, H, G, CHUNKS, DP=DP, ROWS=ROWS, num_warps=8,
     )  # fmt: skip
     largest = tuple(call.q.new_zeros((B, n, TILES), dtype=torch.float32) for n in (H, G))
-    for operand, x in enumerate((call.q, call.k)):
-        norm = (call.before.norm_q, call.before.norm_k)[operand]
+    for operand, (x, norm, where) in enumerate(call.sides(keys)):
         before, compiled_in = call.before.arguments(norm, call.q.shape[3])
-        where = Keys(call.gather, call.valid, 0, 0) if operand == 0 else keys
         launch(
             pack.group_maxima, (SHARES, B * x.shape[1]),
             x, mean, call.modes, groups, where.gather, where.counts, largest[operand],
@@ -216,7 +223,7 @@ def quantise(
             num_warps=configs.pack_warps(DP, rotated=call.before.rotation is not None),
         )  # fmt: skip
     tiles = Tiles(saved.q8, saved.k8, saved.v8)
-    _pack(call, keys, tiles, meta, (mean, saved), groups, largest, permuted=permuted)
+    _pack(call, keys, tiles, meta, saved, mean, groups, largest, permuted=permuted)
     return tiles
 
 
@@ -225,31 +232,33 @@ def _pack(
     keys: Keys,
     into: Tiles,
     meta: Tensor,
-    quantised: tuple[Tensor, Saved] | None,
-    groups: Tensor | None,
-    largest: tuple[Tensor, ...] | None,
+    saved: Saved | None = None,
+    mean: Tensor | None = None,
+    groups: Tensor | None = None,
+    largest: tuple[Tensor | None, ...] = (None, None),
     *,
-    permuted: bool,
+    permuted: bool = False,
 ) -> None:
-    """Q, K and V of the cells of one kind."""
-    mean, saved = quantised if quantised is not None else (None, None)
-    queries = Keys(call.gather, call.valid, 0, 0)
-    operands = ((call.q, into.q, queries), (call.k, into.k, keys), (call.v, into.v, keys))
-    y_dp = call.fixed["DP"]
-    for operand, (x, y, where) in enumerate(operands):
-        nothing = operand == 2
-        before = NOTHING_BEFORE if nothing else call.before
-        norm = None if nothing else (call.before.norm_q, call.before.norm_k)[operand]
+    """Q, K and V of the cells of one kind: FP8 where `saved` is given."""
+    q_scale, v_scale, shift = (
+        (None, None, None) if saved is None else (saved.q_scale, saved.v_scale, saved.shift)
+    )
+    query, key = call.sides(keys)
+    sides = (
+        (*query, call.before, largest[0]),
+        (*key, call.before, largest[1]),
+        (call.v, None, keys, NOTHING_BEFORE, None),
+    )
+    for operand, (x, norm, where, before, shared) in enumerate(sides):
         inputs, compiled_in = before.arguments(norm, call.q.shape[3])
         launch(
             pack.pack_tiles, (x.shape[1] * call.gather.shape[0], call.q.shape[0]),
-            x, y, saved.q_scale if saved is not None else None, meta, mean,
-            saved.v_scale if saved is not None else None,
-            saved.shift if saved is not None else None,
-            call.modes, groups, largest[operand] if largest is not None and not nothing else None,
+            x, into[operand], q_scale, meta, mean, v_scale, shift, call.modes, groups, shared,
             where.gather, where.counts, *x.stride()[:3], where.gather_stride, where.count_stride,
             *inputs, call.scale, *call.sizes,
             **call.fixed, OPERAND=operand, FP8=saved is not None,
-            PERMUTED=permuted and nothing, **compiled_in,
-            num_warps=configs.pack_warps(y_dp, rotated=before.rotation is not None),
+            PERMUTED=permuted and operand == 2, **compiled_in,
+            num_warps=configs.pack_warps(
+                call.fixed["DP"], rotated=before.rotation is not None
+            ),
         )  # fmt: skip
