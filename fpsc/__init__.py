@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fpsc.compiling import compile
     from fpsc.functional import attention
     from fpsc.options import OptionError
     from fpsc.policy import Policy, PolicyError
@@ -28,6 +29,7 @@ _HOMES = {
     "Report": "fpsc.report",
     "StructureError": "fpsc.runtime",
     "attention": "fpsc.functional",
+    "compile": "fpsc.compiling",
     "reports": "fpsc.report",
     "set_policy": "fpsc.runtime",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "StructureError",
     "__version__",
     "attention",
+    "compile",
     "reports",
     "set_policy",
 ]

@@ -33,6 +33,7 @@ from fpsc.policy.resolve import kinds_of
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
 from fpsc.roots import RunningModule
 from fpsc.runtime import ModelState
+from fpsc.unseen import Watched, shows_video, takes_video
 
 inductor: Callable[..., Callable[..., Any]] = cast(Any, compile_fx)
 """Inductor, as a backend gets it: it returns a callable here, whatever its type says."""
@@ -66,14 +67,17 @@ def fpsattn(
     root = roots.root_for(roots.running_modules())
     state, origin = _state(root, parsed)
     analysis = _analyse(gm, state, root)
-    if not analysis.candidates:
-        return inductor(gm, list(example_inputs), config_patches=patches)
-    report = _report(analysis, state, origin, hooked=_takes_hook(root))
-    record(report)
-    _check(report, parsed)
-    if not analysis.targets:
-        return inductor(gm, list(example_inputs), config_patches=patches)
-    return _compile(analysis, example_inputs, state, root, report, patches)
+    state.saw_video |= shows_video(analysis)
+    if analysis.candidates:
+        report = _report(analysis, state, origin, hooked=_takes_hook(root))
+        record(report)
+        _check(report, parsed)
+    if analysis.targets:
+        return _compile(analysis, example_inputs, state, root, report, patches)
+    compiled = inductor(gm, list(example_inputs), config_patches=patches)
+    if root is None or root.args is None or not takes_video(root.module, root.args, root.kwargs):
+        return compiled
+    return Watched(compiled, state)
 
 
 def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) -> Report:
