@@ -49,12 +49,7 @@ def compile(  # as torch calls it
         TypeError: `model` is not a module.
         ValueError: `blocks`, and the model has no list of blocks of one class.
     """
-    if not isinstance(model, nn.Module):
-        hint = " Compile its transformer: fpsc.compile(pipe.transformer)"
-        raise TypeError(
-            f"model: expected a torch.nn.Module, found {type(model).__name__}."
-            + (hint if hasattr(model, "transformer") else "")
-        )
+    _check_module(model)
     given = {**(options or {})}
     if policy is not None:
         given["policy"] = policy
@@ -73,6 +68,16 @@ def compile(  # as torch calls it
         # What `nn.Module.compile` sets, and what calling the module looks for.
         target._compiled_call_impl = _flagged(compiled, None if blocks else target)
     return model
+
+
+def _check_module(model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    hint = " Compile its transformer: fpsc.compile(pipe.transformer)"
+    raise TypeError(
+        f"model: expected a torch.nn.Module, found {type(model).__name__}."
+        + (hint if hasattr(model, "transformer") else "")
+    )
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

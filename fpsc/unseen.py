@@ -21,7 +21,7 @@ from fpsc.passes.match import Role
 from fpsc.report import NothingReplacedWarning
 from fpsc.runtime import ModelState
 
-FLAGS = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+FLAGS: dict[str, Any] = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
 """Settings of Dynamo under which `.item()` and `nonzero` give symbols instead of graph breaks."""
 
 _VIDEO = (Role.VIDEO, Role.JOINT, Role.FRAME)

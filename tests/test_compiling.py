@@ -175,5 +175,5 @@ def test_wrong_use_says_what_to_do() -> None:
         fpsc.compile(Pipeline())
     with pytest.raises(ValueError, match=r"blocks: expected a ModuleList .* in Linear, found none"):
         fpsc.compile(nn.Linear(1, 1), blocks=True)
-    with pytest.raises(TypeError, match="expected a torch.nn.Module, found int"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, found int"):
         fpsc.compile(3)
