@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fpsc.compiling import compile
+    from fpsc.exporting import ExportError, export
     from fpsc.functional import attention
     from fpsc.options import OptionError
     from fpsc.policy import Policy, PolicyError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Loaded at first use: `fpsc --help` and the entry point must not wait for torch.
 _HOMES = {
+    "ExportError": "fpsc.exporting",
     "NothingReplacedWarning": "fpsc.report",
     "OptionError": "fpsc.options",
     "Policy": "fpsc.policy",
@@ -30,11 +32,13 @@ _HOMES = {
     "StructureError": "fpsc.runtime",
     "attention": "fpsc.functional",
     "compile": "fpsc.compiling",
+    "export": "fpsc.exporting",
     "reports": "fpsc.report",
     "set_policy": "fpsc.runtime",
 }
 
 __all__ = [
+    "ExportError",
     "NothingReplacedWarning",
     "OptionError",
     "Policy",
@@ -44,6 +48,7 @@ __all__ = [
     "__version__",
     "attention",
     "compile",
+    "export",
     "reports",
     "set_policy",
 ]
