@@ -155,7 +155,9 @@ def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) ->
     elif state.convention is None:
         notes.append(
             "the convention of this model's timestep is not known: every forward uses the policy's "
-            'densest row; state it with options={"timestep": {"convention": "flow"}}'
+            'densest row; state it with options={"timestep": {"convention": ...}}: "flow" for 1000 '
+            'down to 0, "reversed" for 0 up to 1000, "unit" for 1 down to 0, "sigma" for EDM noise '
+            'levels, "log-sigma" for ln(sigma) / 4'
         )
     choices = _choices(analysis, state)
     device = analysis.queries[0].device if analysis.targets else None

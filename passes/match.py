@@ -8,6 +8,7 @@ from enum import StrEnum
 import torch
 from torch import fx
 
+from fpsc.passes.axes import origin_of
 from fpsc.passes.calls import AttentionCall
 from fpsc.passes.graph import (
     Dim,
@@ -24,6 +25,7 @@ from fpsc.passes.graph import (
 )
 from fpsc.passes.streams import Segment, Streams, latents
 
+_PROJECTIONS = 100
 _PASS_THROUGH = frozenset(["to", "type_as", "float", "dropout", "contiguous", "mul"])
 
 
@@ -78,11 +80,25 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
         return dense(Role.OTHER, call.unsupported)
     query, key, value = shape(call.query), shape(call.key), shape(call.value)
     assert query is not None and key is not None and value is not None
-    if not projected_from(program, call.query) & projected_from(program, call.key):
+    sources = projected_from(program, call.query), projected_from(program, call.key)
+    if not any(sources) and same(query[2], key[2]):
+        return dense(
+            Role.VIDEO,
+            "queries and keys come into this graph ready made, so whether they are of one stream "
+            "cannot be told; a graph break lies before this attention: "
+            "torch.compile(..., fullgraph=True) names it",
+        )
+    if not sources[0] & sources[1]:
         return dense(Role.CROSS, "cross-attention: queries and keys come from different streams")
     if not same(query[2], key[2]):
         return dense(
-            Role.OTHER, f"queries and keys differ in length ({query[2]} and {key[2]} tokens)"
+            Role.OTHER,
+            f"queries and keys differ in length ({query[2]} and {key[2]} tokens); keys of text or "
+            "of earlier frames beside the video's own are not supported",
+        )
+    if batch is None and (merged := _merged_batch(call.query)):
+        return dense(
+            Role.FRAME, f"batch merged from {merged}: attention inside frames or along time"
         )
     if batch is not None and not same(query[0], batch):
         return dense(
@@ -102,6 +118,23 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
             return dense(Role.OTHER, _mask_problem(call.mask))
     segments = _segments(streams, call.query, query[2])
     return Candidate(call, Role.JOINT if len(segments) > 1 else Role.VIDEO, segments, key_mask)
+
+
+def _merged_batch(node: fx.Node) -> list[Dim]:
+    """The axes that were merged to the batch of a node, behind projections; empty if it is one."""
+    for _ in range(_PROJECTIONS):
+        origin = origin_of(node, 0)
+        if origin is None or origin.kind not in ("origin", "merged"):
+            return []
+        if origin.kind == "merged":
+            sizes = shape(origin.node) or []
+            merged = [sizes[axis] for axis in origin.axes]
+            return merged if sum(not same(size, 1) for size in merged) > 1 else []
+        source = argument(origin.node, 0, "input") if is_linear(origin.node) else None
+        if not isinstance(source, fx.Node):
+            return []
+        node = source
+    return []
 
 
 def key_padding(mask: object) -> fx.Node | None:
