@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..grid import BLOCK
-from .values import Grid, Noise, Offsets, QKScales, Spans, Tile, Weights, Window
+from .values import Grid, Lists, Noise, Offsets, QKScales, Spans, Tile, Weights, Window
 
 MODES = 32
 """Most modes of a policy: a capacity of the table, so that edits never change a shape."""
@@ -37,8 +37,8 @@ class Scales(Spec):
 
     qk: QKScales = Field(
         default="tile",
-        description="tile (one scale of Q and K for each tile), head (one for all tiles of the "
-        "video), or a box of tiles [t, y, x] that share one",
+        description="tile (one scale of Q and K for each tile; fine is the same), intermediate (for "
+        "2 x 2 x 2 tiles), coarse (4 x 4 x 4), head (all of the video), or a box of tiles [t, y, x]",
     )
     v: Literal["channel"] = Field(
         default="channel", description="channel (one scale for each channel)"
@@ -69,6 +69,11 @@ class Mode(Spec):
     )
     offsets: Offsets | None = Field(
         default=None, description="a list of tile offsets [t, y, x], whole numbers"
+    )
+    lists: Lists | None = Field(
+        default=None,
+        description="for each tile of the video a list of the tiles that it sees, counted from 0, "
+        "x fastest",
     )
     dtype: Literal["bf16", "fp8"] = Field(
         default="bf16", description="bf16 (not quantised: computed in the input's dtype) or fp8"
