@@ -18,7 +18,7 @@ import torch
 from ..grid import BLOCK, Layout, TileShape, TokenGrid, from_numpy, tile_grid
 from .load import Policy
 from .patterns import Pattern, PatternError, fraction, lists, pattern_of
-from .schema import MODES, ROWS, Mode, edges
+from .schema import MODES, ROWS, edges
 from .values import NoiseRange, QKScales, Span
 
 __all__ = [

@@ -37,8 +37,9 @@ class Scales(Spec):
 
     qk: QKScales = Field(
         default="tile",
-        description="tile (one scale of Q and K for each tile; fine is the same), intermediate (for "
-        "2 x 2 x 2 tiles), coarse (4 x 4 x 4), head (all of the video), or a box of tiles [t, y, x]",
+        description="tile (one scale of Q and K for each tile; fine is the same), intermediate "
+        "(for 2 x 2 x 2 tiles), coarse (4 x 4 x 4), head (all of the video), or a box of tiles "
+        "[t, y, x]",
     )
     v: Literal["channel"] = Field(
         default="channel", description="channel (one scale for each channel)"
