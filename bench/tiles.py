@@ -45,9 +45,9 @@ change.
 Two numbers for each tile. **Work** is that of dense attention over padded tiles as a multiple of
 the work on the tokens alone: 1 is no padding. **Spread** is what it visits for that reach as a
 multiple of what a cube of as many tokens would: 1 is a cube. The planned tile for blocks of {block}
-is what fpsc uses; the next column plans for blocks of 256. (6, 8, 8) is the tile of FPSAttention and of
-Sliding Tile Attention, (4, 4, 4) that of VSA; their blocks are as large as they are, 384 and 64
-rows, so that their work is all ragged edges.
+is what fpsc uses; the next column plans for blocks of 256. (6, 8, 8) is the tile of FPSAttention
+and of Sliding Tile Attention, (4, 4, 4) that of VSA; their blocks are as large as they are, 384
+and 64 rows, so that their work is all ragged edges.
 
 `fpsc policy show` prints these numbers for the policy and grid that it is given.
 

@@ -18,7 +18,7 @@ import torch
 from ..grid import BLOCK, Layout, TileShape, TokenGrid, from_numpy, tile_grid
 from .load import Policy
 from .patterns import Pattern, PatternError, fraction, lists, pattern_of
-from .schema import MODES, ROWS, edges
+from .schema import MODES, ROWS, Phase, Rule, edges
 from .values import NoiseRange, QKScales, Span
 
 __all__ = [
@@ -133,6 +133,30 @@ class Table:
         place = ("schedule", winner) if winner < phases else ("except", winner - phases)
         name = self.mode_names[int(self.cells[layer, row, head])]
         return Cell(name, self.noise_ranges[row], self.policy.where(place))
+
+    def lines(self, row: int, layer: int, head: int) -> list[Cell]:
+        """Every phase and rule that covers a cell, in the order of the file: the last one wins.
+
+        Raises:
+            IndexError: there is no such row, layer or head.
+        """
+        last = self.describe(row, layer, head)
+        noise, policy = self.noise_ranges[row], self.policy
+        covering: list[tuple[tuple[str, int], Phase | Rule]] = [
+            *((("schedule", i), phase) for i, phase in enumerate(policy.schedule)),
+            *(
+                (("except", i), rule)
+                for i, rule in enumerate(policy.rules)
+                if _covers(rule.layers, layer) and _covers(rule.heads, head)
+            ),
+        ]
+        found = [
+            Cell(entry.use, noise, policy.where(place))
+            for place, entry in covering
+            if entry.noise is None or _rows([noise], entry.noise)
+        ]
+        assert found[-1] == last
+        return found
 
     def keep(self, plan: Plan) -> list[float]:
         """Mean keep of every real row on a plan's grid, over layers and heads."""
@@ -361,6 +385,10 @@ def _rows(ranges: Sequence[NoiseRange], noise: NoiseRange | None) -> list[int]:
     if noise is None:
         return list(range(len(ranges)))
     return [i for i, row in enumerate(ranges) if noise.hi >= row.hi and row.lo >= noise.lo]
+
+
+def _covers(spans: Sequence[Span] | None, number: int) -> bool:
+    return spans is None or any(span.first <= number <= span.last for span in spans)
 
 
 def _members(
