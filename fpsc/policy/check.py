@@ -73,7 +73,7 @@ def _declared(path: Path_) -> tuple[type[BaseModel], Any, Any]:
             if type(None) in get_args(here):
                 here = next(a for a in get_args(here) if a is not type(None))
             if hasattr(here, "__metadata__"):  # a type that several fields share
-                field = next(m for m in here.__metadata__ if isinstance(m, FieldInfo))
+                field = next((m for m in here.__metadata__ if isinstance(m, FieldInfo)), field)
                 here = here.__origin__
         else:  # an item of a list or of a mapping
             here = get_args(here)[-1] if get_args(here) else Any
