@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..grid import TokenGrid
+from .schema import Sampling
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,7 @@ class ModelSize:
         ffn_matrices: 2, or 3 where it is gated.
         text: text tokens, in the video's sequence where `joint`, else in a cross-attention.
         joint: whether text and video are one sequence.
-        steps, shift: how it is usually sampled; shift 0 where timesteps are not shifted.
-        scheduler: the class in diffusers.
-        sigmas: `uniform` where the pipeline hands levels from 1 to 1 / steps over to it.
+        sampling: how it is usually sampled.
     """
 
     name: str
@@ -38,10 +37,7 @@ class ModelSize:
     ffn_matrices: int = 2
     text: int = 0
     joint: bool = False
-    steps: int = 50
-    shift: float = 0.0
-    scheduler: str = "FlowMatchEulerDiscreteScheduler"
-    sigmas: str = "scheduler"
+    sampling: Sampling = Sampling(scheduler="FlowMatchEulerDiscreteScheduler", steps=50)
 
     @property
     def width(self) -> int:
@@ -66,37 +62,42 @@ class ModelSize:
         return replace(self, **{k: v for k, v in changes.items() if v is not None})
 
 
-def _wan(name: str, layers: int, heads: int, ffn: int, grid: TokenGrid, **more: Any) -> ModelSize:
-    sampling = {"steps": 50, "shift": 5.0, "scheduler": "UniPCMultistepScheduler"}
-    return ModelSize(name, layers, heads, 128, grid, ffn, text=512, **{**sampling, **more})
+def _wan(
+    name: str, layers: int, heads: int, ffn: int, grid: TokenGrid, steps: int, shift: float
+) -> ModelSize:
+    sampling = Sampling(scheduler="UniPCMultistepScheduler", steps=steps, shift=shift)
+    return ModelSize(name, layers, heads, 128, grid, ffn, text=512, sampling=sampling)
+
+
+def _euler(steps: int, **more: Any) -> Sampling:
+    return Sampling(scheduler="FlowMatchEulerDiscreteScheduler", steps=steps, **more)
 
 
 MODELS: dict[str, ModelSize] = {
     "wan-2.1-1.3b": _wan(
-        "Wan2.1-T2V-1.3B, 81 frames of 480 x 832", 30, 12, 8960, TokenGrid(21, 30, 52), shift=3.0
+        "Wan2.1-T2V-1.3B, 81 frames of 480 x 832", 30, 12, 8960, TokenGrid(21, 30, 52), 50, 3.0
     ),
     "wan-2.1-14b": _wan(
-        "Wan2.1-T2V-14B, 81 frames of 720 x 1280", 40, 40, 13824, TokenGrid(21, 45, 80)
+        "Wan2.1-T2V-14B, 81 frames of 720 x 1280", 40, 40, 13824, TokenGrid(21, 45, 80), 50, 5.0
     ),
     "wan-2.2": _wan(
-        "Wan2.2-T2V-A14B, 81 frames of 720 x 1280", 40, 40, 13824, TokenGrid(21, 45, 80),
-        steps=40, shift=12.0,
+        "Wan2.2-T2V-A14B, 81 frames of 720 x 1280", 40, 40, 13824, TokenGrid(21, 45, 80), 40, 12.0
     ),
     "hunyuan-video": ModelSize(
         "HunyuanVideo, 129 frames of 720 x 1280", 60, 24, 128, TokenGrid(33, 45, 80), 12288,
-        text=256, joint=True, shift=7.0, sigmas="uniform",
+        text=256, joint=True, sampling=_euler(50, shift=7.0, sigmas="uniform"),
     ),
     "cogvideox": ModelSize(
         "CogVideoX-5B, 49 frames of 480 x 720", 42, 48, 64, TokenGrid(13, 30, 45), 12288,
-        text=226, joint=True, scheduler="CogVideoXDPMScheduler",
+        text=226, joint=True, sampling=Sampling(scheduler="CogVideoXDPMScheduler", steps=50),
     ),
     "ltx-video": ModelSize(
         "LTX-Video 2B, 161 frames of 512 x 704", 28, 32, 64, TokenGrid(21, 16, 22), 8192,
-        text=128, shift=7.8, sigmas="uniform",
+        text=128, sampling=_euler(50, shift=7.8, sigmas="uniform"),
     ),
     "mochi": ModelSize(
         "Mochi 1, 163 frames of 480 x 848", 48, 24, 128, TokenGrid(28, 30, 53), 8192, 3,
-        text=256, joint=True, steps=64,
+        text=256, joint=True, sampling=_euler(64, sigmas="linear-quadratic"),
     ),
 }  # fmt: skip
 """By the name of the preset for it."""

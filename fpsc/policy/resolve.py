@@ -18,7 +18,8 @@ import torch
 from ..grid import BLOCK, Layout, TileShape, TokenGrid, from_numpy, tile_grid
 from .load import Policy
 from .patterns import Pattern, PatternError, fraction, lists, pattern_of
-from .schema import MODES, ROWS, Phase, Rule, edges
+from .schema import MODES, ROWS
+from .tables import NO_CHOICE
 from .values import NoiseRange, QKScales, Span
 
 __all__ = [
@@ -89,7 +90,8 @@ class Table:
         densest: the real row with the highest mean keep; of equal ones that with least FP8, then
             the noisiest. Means are taken on the policy's own grid, or a nominal one.
         mode_names: name of every real mode.
-        winners: int16 [layers, n_rows, heads]: the phase that won, or after them the rule.
+        winners: int16 [layers, n_rows, heads]: the phase that won, or after them the rule, or after
+            those the choice of the policy's own table.
     """
 
     policy: Policy
@@ -129,34 +131,44 @@ class Table:
             if not 0 <= found < n:
                 raise IndexError(f"no {name} {found}: the table has {n} (0..{n - 1})")
         winner = int(self.winners[layer, row, head])
-        phases = len(self.policy.schedule)
-        place = ("schedule", winner) if winner < phases else ("except", winner - phases)
+        phases, rules = len(self.policy.schedule), len(self.policy.rules)
+        place: tuple[str | int, ...] = ("table",)
+        if winner < phases:
+            place = ("schedule", winner)
+        elif winner < phases + rules:
+            place = ("except", winner - phases)
         name = self.mode_names[int(self.cells[layer, row, head])]
         return Cell(name, self.noise_ranges[row], self.policy.where(place))
 
     def lines(self, row: int, layer: int, head: int) -> list[Cell]:
-        """Every phase and rule that covers a cell, in the order of the file: the last one wins.
+        """Whatever covers a cell: its phase, its choice in the policy's own table, its rules. The
+        last one wins; it is what `describe` gives.
 
         Raises:
             IndexError: there is no such row, layer or head.
         """
-        last = self.describe(row, layer, head)
+        self.describe(row, layer, head)  # checks the indices
         noise, policy = self.noise_ranges[row], self.policy
-        covering: list[tuple[tuple[str, int], Phase | Rule]] = [
-            *((("schedule", i), phase) for i, phase in enumerate(policy.schedule)),
-            *(
-                (("except", i), rule)
-                for i, rule in enumerate(policy.rules)
-                if _covers(rule.layers, layer) and _covers(rule.heads, head)
-            ),
+
+        def covers(range_: NoiseRange | None) -> bool:
+            return bool(_rows([noise], range_))
+
+        found: list[tuple[str, tuple[str | int, ...]]] = [
+            (phase.use, ("schedule", i))
+            for i, phase in enumerate(policy.schedule)
+            if covers(phase.noise)
         ]
-        found = [
-            Cell(entry.use, noise, policy.where(place))
-            for place, entry in covering
-            if entry.noise is None or _rows([noise], entry.noise)
+        if policy.table is not None:
+            choices = policy.table
+            for range_, cells in zip(choices.noise, choices.cells[:, layer, head], strict=True):
+                if covers(range_) and cells != NO_CHOICE:
+                    found.append((choices.modes[cells], ("table",)))
+        found += [
+            (rule.use, ("except", i))
+            for i, rule in enumerate(policy.rules)
+            if covers(rule.noise) and _covers(rule.layers, layer) and _covers(rule.heads, head)
         ]
-        assert found[-1] == last
-        return found
+        return [Cell(use, noise, policy.where(place)) for use, place in found]
 
     def keep(self, plan: Plan) -> list[float]:
         """Mean keep of every real row on a plan's grid, over layers and heads."""
@@ -226,13 +238,11 @@ def resolve(policy: Policy, *, layers: int, heads: int, fp8: bool) -> Table:
     groupings = _groupings(policy)
     modes = np.zeros((MODES, 3), np.int32)
     for i, mode in enumerate(policy.modes.values()):
-        pattern, grouping = (
-            patterns.index(pattern_of(mode)),
-            groupings.index(_grouping(mode.scales.qk)),
-        )
+        pattern = patterns.index(pattern_of(mode))
+        grouping = groupings.index(_grouping(mode.scales.qk))
         modes[i] = pattern, DTYPES[mode.dtype] if fp8 else 0, grouping
 
-    levels = edges(policy.spec)
+    levels = policy.edges
     bounds = [1.0, *levels, 0.0]
     ranges = [NoiseRange(hi, lo) for hi, lo in pairwise(bounds)]
     padded_edges = np.full(ROWS, -1, np.float32)
@@ -241,11 +251,13 @@ def resolve(policy: Policy, *, layers: int, heads: int, fp8: bool) -> Table:
     winners = np.zeros((layers, len(ranges), heads), np.int16)
     for i, phase in enumerate(policy.schedule):
         winners[:, _rows(ranges, phase.noise), :] = i
+    _choose(policy, winners, ranges)
     for i, rule in enumerate(policy.rules):
         at = _members(policy, i, rule.layers, "layers", layers)
         who = _members(policy, i, rule.heads, "heads", heads)
         winners[np.ix_(at, _rows(ranges, rule.noise), who)] = len(policy.schedule) + i
     used = [p.use for p in policy.schedule] + [r.use for r in policy.rules]
+    used += policy.table.modes if policy.table else ()
     cells = np.array([names.index(name) for name in used], np.int32)[winners]
     padding = np.repeat(cells[:, -1:], ROWS - len(ranges), axis=1)
     return Table(
@@ -389,6 +401,25 @@ def _rows(ranges: Sequence[NoiseRange], noise: NoiseRange | None) -> list[int]:
 
 def _covers(spans: Sequence[Span] | None, number: int) -> bool:
     return spans is None or any(span.first <= number <= span.last for span in spans)
+
+
+def _choose(policy: Policy, winners: np.ndarray, ranges: Sequence[NoiseRange]) -> None:
+    """Enter the choices of the policy's own table; winners [layers, rows, heads]."""
+    choices = policy.table
+    if choices is None:
+        return
+    layers, _, heads = winners.shape
+    if (choices.layers, choices.heads) != (layers, heads):
+        message = (
+            f"{policy.spec.table} is for {choices.layers} layers of {choices.heads} heads, and the "
+            f"model has {layers} of {heads}"
+        )
+        raise policy.error(("table",), message)
+    first = len(policy.schedule) + len(policy.rules)
+    for noise, cells in zip(choices.noise, choices.cells, strict=True):
+        for row in _rows(ranges, noise):
+            chosen = cells != NO_CHOICE
+            winners[:, row][chosen] = first + cells[chosen]
 
 
 def _members(
