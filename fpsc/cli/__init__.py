@@ -6,6 +6,7 @@ import typer
 
 from fpsc.cli.errors import reports_errors
 from fpsc.cli.inspect import inspect
+from fpsc.cli.policy import app as policy
 from fpsc.cli.version import installed, version
 from fpsc.demo.command import demo
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 for command in (demo, inspect, version):
     app.command()(reports_errors(command))
+app.add_typer(policy)
 
 
 def _print_version(wanted: bool) -> None:

@@ -6,7 +6,9 @@ name as an attribute; what else the module has comes by `from fpsc.policy.resolv
 """
 
 from .errors import PolicyError
-from .load import Policy, find, presets
+from .imports import presets
+from .load import Policy
+from .lookup import find
 from .resolve import Plan, Table, plan, resolve
 
 __all__ = [

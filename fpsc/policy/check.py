@@ -7,26 +7,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from .axis import AXES, Axis, axis_of, in_noise, noise_range, range_of, step_range
 from .document import Document, Path_
 from .errors import PolicyError, Problem, either, listed, nearest, shown
-from .schema import ROWS, Mode, Phase, PolicySpec, Rule, edges
-from .values import NoiseRange, level
-
-ELSEWHERE = {
-    "steps": 'steps are not read yet; say it in noise, "noise: 1.00..0.90" (1 is pure noise)',
-    "percent": 'percent is not read yet; say it in noise, "noise: 1.00..0.90" (1 is pure noise)',
-    "sampling": 'sampling is not read yet; give the phases in noise and remove "sampling"',
-    "table": "tables are not read yet; write the choices as rules under except",
-    "roles": "roles are not read yet; a policy covers every video self-attention",
-    "components": "components are not read yet; give each transformer its own policy",
-    "$import": "imports are not read yet; copy the base policy's lines",
-}
-"""Keys of the planned format that this version refuses, and what to write instead."""
+from .schema import ROWS, Mode, Phase, PolicySpec, Rule, Sampling, component_spec, edges
+from .values import PercentRange, StepRange
 
 
 def validate(document: Document) -> PolicySpec:
-    """The model of a document.
+    """The model of a document, with all ranges as noise.
 
     Raises:
         PolicyError: every problem that was found, each with its place.
@@ -34,16 +25,12 @@ def validate(document: Document) -> PolicySpec:
     try:
         spec = PolicySpec.model_validate(document.value)
     except ValidationError as e:
-        errors: list[dict[str, Any]] = [dict(error) for error in e.errors()]
-        # A phase by steps lacks its noise: one message says it all.
-        refused = {x["loc"][:-1] for x in errors if _is_planned(x)}
-        kept = [x for x in errors if x["type"] != "missing" or x["loc"][:-1] not in refused]
-        problems = [_problem(document, error) for error in kept]
+        problems = [_problem(document, dict(error)) for error in e.errors()]
         raise PolicyError(document.file, problems) from None
     problems = [document.problem(*p) for p in _conflicts(spec)]
     if problems:
         raise PolicyError(document.file, problems)
-    return spec
+    return in_noise(spec)
 
 
 def _problem(document: Document, error: dict[str, Any]) -> Problem:
@@ -52,8 +39,6 @@ def _problem(document: Document, error: dict[str, Any]) -> Problem:
     keys = [f.alias or name for name, f in model.model_fields.items()]
     last = path[-1] if path else ""
     match error["type"]:
-        case "extra_forbidden" if _is_planned(error):
-            return document.problem(path[:-1], ELSEWHERE[str(last)], at=path)
         case "extra_forbidden":
             message = f'unknown key "{last}"{nearest(last, keys)} (valid: {listed(keys)})'
             return document.problem(path[:-1], message, at=path)
@@ -72,10 +57,6 @@ def _problem(document: Document, error: dict[str, Any]) -> Problem:
     return document.problem(path, message, at=path if found is None else None)
 
 
-def _is_planned(error: dict[str, Any]) -> bool:
-    return error["type"] == "extra_forbidden" and error["loc"][-1] in ELSEWHERE
-
-
 def _declared(path: Path_) -> tuple[type[BaseModel], Any, Any]:
     """For a place: the model around it, the field that declares it, and what stands there."""
     model: type[BaseModel] = PolicySpec
@@ -91,6 +72,9 @@ def _declared(path: Path_) -> tuple[type[BaseModel], Any, Any]:
             here = field.annotation
             if type(None) in get_args(here):
                 here = next(a for a in get_args(here) if a is not type(None))
+            if hasattr(here, "__metadata__"):  # a type that several fields share
+                field = next((m for m in here.__metadata__ if isinstance(m, FieldInfo)), field)
+                here = here.__origin__
         else:  # an item of a list or of a mapping
             here = get_args(here)[-1] if get_args(here) else Any
     return model, field, here
@@ -111,6 +95,19 @@ def _conflicts(spec: PolicySpec) -> Iterator[Conflict]:
             yield ("modes", name), message
         for key, message in mode_conflicts(mode):
             yield ("modes", name, *key), message
+    yield from _sampling_conflicts(spec.sampling)
+    yield from _plan_conflicts(spec)
+    for name, component in spec.components.items():
+        if not component.model_fields_set:
+            yield ("components", name), "changes nothing; give it a schedule, or remove it"
+        stated = {"except" if f == "except_" else f for f in component.model_fields_set}
+        for path, message in _plan_conflicts(component_spec(spec, name)):
+            if path[0] in stated:
+                yield ("components", name, *path), message
+
+
+def _plan_conflicts(spec: PolicySpec) -> Iterator[Conflict]:
+    """Of schedule and rules."""
     parts: dict[str, Sequence[Phase | Rule]]
     parts = {"schedule": spec.schedule, "except": spec.except_}
     for part, entries in parts.items():
@@ -119,12 +116,114 @@ def _conflicts(spec: PolicySpec) -> Iterator[Conflict]:
                 guess = nearest(entry.use, spec.modes)
                 message = f'no mode "{entry.use}"{guess} (modes: {listed(spec.modes)})'
                 yield (part, i, "use"), message
-    yield from _schedule_conflicts(spec.schedule)
     for i, rule in enumerate(spec.except_):
-        if rule.layers is None and rule.heads is None and rule.noise is None:
+        if not rule.model_fields_set - {"use"}:
             message = "says not where: add layers, heads or noise, or change the schedule instead"
             yield ("except", i), message
-    rows = len(edges(spec)) + 1
+    found = list(_axis_conflicts(spec))
+    yield from found
+    if not found:
+        yield from _row_conflicts(spec)
+
+
+def _sampling_conflicts(sampling: Sampling | None) -> Iterator[Conflict]:
+    if sampling is None or not sampling.scheduler.startswith("CogVideoX"):
+        return
+    for key in ("shift", "sigmas"):
+        if key in sampling.model_fields_set:
+            message = f"{sampling.scheduler} does not move its timesteps by it; remove it"
+            yield ("sampling", key), message
+
+
+def _axis_conflicts(spec: PolicySpec) -> Iterator[Conflict]:
+    """Of the ranges: one axis, inside it, no gaps, no overlaps, a level for each edge."""
+    entries: list[tuple[Path_, Phase | Rule]] = [
+        *((("schedule", i), phase) for i, phase in enumerate(spec.schedule)),
+        *((("except", i), rule) for i, rule in enumerate(spec.except_)),
+    ]
+    given = [(path, entry, [k for k in AXES if range_of(entry, k)]) for path, entry in entries]
+    key = next((keys[0] for _, _, keys in given if keys), "noise")
+    mixed = False
+    for path, entry, keys in given:
+        if isinstance(entry, Phase) and not keys:
+            description = type(entry).model_fields[key].description
+            yield path, f'"{key}" is missing: expected {description}'
+            mixed = True
+        for other in keys:
+            if other != key:
+                yield (*path, other), f"a file has one axis, and this one began with {key}"
+                mixed = True
+    if mixed:
+        return
+    if key != "noise" and spec.sampling is None:
+        path = next(path for path, _, keys in given if keys)
+        yield (
+            (*path, key),
+            f"{key} counts in a run; say which: sampling: "
+            "{scheduler: UniPCMultistepScheduler, steps: 50, shift: 5.0}",
+        )
+        return
+    axis = axis_of(key, spec.sampling)
+    bad = False
+    for path, entry, _ in given:
+        message = _range_conflict(range_of(entry, key), axis, spec.sampling)
+        if message:
+            yield (*path, key), message
+            bad = True
+    if not bad:
+        yield from _schedule_conflicts([range_of(p, key) or (0, 0) for p in spec.schedule], axis)
+
+
+def _range_conflict(
+    value: tuple[float, float] | None, axis: Axis, sampling: Sampling | None
+) -> str | None:
+    """What is wrong with one range of steps or percent in a run."""
+    if not isinstance(value, StepRange | PercentRange) or sampling is None:
+        return None
+    if axis.key == "steps" and value.stop > axis.last:
+        return f"sampling has {sampling.steps} steps (0..{sampling.steps}), found {value}"
+    first, stop = step_range(value, sampling.steps)
+    if first == stop:
+        return f"{value} percent holds none of the {sampling.steps} steps; make it wider"
+    try:
+        noise_range(sampling, value)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _schedule_conflicts(schedule: Sequence[tuple[float, float]], axis: Axis) -> Iterator[Conflict]:
+    write, position = axis.write, axis.position
+    end = axis.first
+    for i, (first, last) in enumerate(schedule):
+        place = ("schedule", i, axis.key)
+        fix = f"write {write(end, last)}"
+        if i == 0 and first != end:
+            found = write(first, last)
+            yield place, f"the schedule starts at {axis.start}, found {found}; {fix}"
+        elif position(first) > position(end):
+            gap = write(end, first)
+            yield place, f"gap: no phase covers {gap}; {fix}, or add a phase before this one"
+        elif position(first) < position(end) and position(last) > position(end):
+            yield place, f"overlap: {write(first, end)} is covered twice; {fix}"
+        elif position(first) < position(end):
+            rule = (
+                "noisy to clean and cover each level once"
+                if axis.key == "noise"
+                else "first to last and cover each step once"
+            )
+            message = f"{write(first, last)} comes after {axis.say(end)}; phases run from {rule}"
+            yield place, message
+        end = max(end, last, key=position)
+    if end != axis.last:
+        place = ("schedule", len(schedule) - 1, axis.key)
+        first, last = schedule[-1]
+        fix = f"write {write(first, axis.last)}, or add a phase {write(end, axis.last)}"
+        yield place, f"the schedule ends at {axis.end}, found {write(first, last)}; {fix}"
+
+
+def _row_conflicts(spec: PolicySpec) -> Iterator[Conflict]:
+    rows = len(edges(in_noise(spec))) + 1
     if rows > ROWS:
         message = (
             f"the ranges of schedule and except cut noise in {rows} rows; a table has {ROWS} at "
@@ -133,40 +232,15 @@ def _conflicts(spec: PolicySpec) -> Iterator[Conflict]:
         yield ("schedule",), message
 
 
-def _schedule_conflicts(schedule: list[Phase]) -> Iterator[Conflict]:
-    end = 1.0
-    for i, phase in enumerate(schedule):
-        hi, lo = phase.noise
-        place = ("schedule", i, "noise")
-        fix = f"write {NoiseRange(end, lo)}"
-        if i == 0 and hi != end:
-            yield place, f"the schedule starts at 1.00 (pure noise), found {phase.noise}; {fix}"
-        elif hi < end:
-            gap = NoiseRange(end, hi)
-            yield place, f"gap: no phase covers {gap}; {fix}, or add a phase before this one"
-        elif hi > end and lo < end:
-            yield place, f"overlap: {NoiseRange(hi, end)} is covered twice; {fix}"
-        elif hi > end:
-            message = (
-                f"{phase.noise} comes after {level(end)}; phases run from noisy to clean and "
-                "cover each level once"
-            )
-            yield place, message
-        end = min(end, lo)
-    if end != 0:
-        place = ("schedule", len(schedule) - 1, "noise")
-        fix = f"write {NoiseRange(schedule[-1].noise.hi, 0)}, or add a phase {NoiseRange(end, 0)}"
-        yield place, f"the schedule ends at 0.00 (clean), found {schedule[-1].noise}; {fix}"
-
-
 def mode_conflicts(mode: Mode) -> Iterator[Conflict]:
     """What does not go together in one mode, with the key inside it."""
-    needs = {"window": "window", "near": "keep", "radial": "keep", "explicit": "offsets"}
+    needs = {"window": "window", "near": "keep", "radial": "keep"}
     owners = {
         "keep": ("near", "radial", "frame", "column"),
         "window": ("window",),
         "weights": ("near",),
         "offsets": ("explicit",),
+        "lists": ("explicit",),
     }
     kind = mode.pattern or "dense"
     if mode.window is not None and mode.keep is not None:
@@ -180,6 +254,8 @@ def mode_conflicts(mode: Mode) -> Iterator[Conflict]:
             yield (key,), f"needs a pattern; add pattern: {either(patterns)}"
         else:
             yield (key,), f"belongs to pattern {either(patterns)}, not to {kind}; remove it"
+    if kind == "explicit" and (mode.offsets is None) == (mode.lists is None):
+        yield ("pattern",), "explicit needs offsets (the same for all tiles) or lists, one of both"
     need = needs.get(kind)
     if need and getattr(mode, need) is None:
         description = type(mode).model_fields[need].description

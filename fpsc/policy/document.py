@@ -7,12 +7,13 @@ several documents in one file are refused, so that a small file cannot grow into
 from __future__ import annotations
 
 import copy
+import difflib
 import io
 import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,69 @@ Path_ = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed document: its text, its tree with comments and positions, and its plain value."""
+    """A parsed document.
+
+    Attributes:
+        file: what it was read from, for messages.
+        text: as it stands there.
+        tree: with comments and positions.
+        value: plain; with `base`, both merged.
+        folder: where the file is, and with it all that the policy may refer to; None without one.
+        base: the document that this one imports.
+        moved: top-level keys whose values stand elsewhere in the file, and where.
+    """
 
     file: str
     text: str
     tree: CommentedMap
     value: dict[str, Any]
+    folder: Path | None = None
+    base: Document | None = None
+    moved: Mapping[str, Path_] = field(default_factory=dict)
 
     def problem(self, path: Path_, message: str, at: Path_ | None = None) -> Problem:
         """A problem with the value at `path`; it points there, or at the key of the path `at`."""
-        line, column = position(self.tree, at or path, at_key=at is not None)
-        where = dotted(path)
-        return Problem(line, column, f"{where}: {message}" if where else message)
+        place, pointed = self.place(path), self.place(at or path)
+        owner = self.owner(pointed)
+        line, column = position(owner.tree, pointed, at_key=at is not None)
+        where = dotted(place)
+        file = None if owner is self else owner.file
+        return Problem(line, column, f"{where}: {message}" if where else message, file)
+
+    def where(self, path: Path_) -> str:
+        """A place as people find it: "wan.yaml:12 except[0]"."""
+        place = self.place(path)
+        owner = self.owner(place)
+        line, _ = position(owner.tree, place)
+        return f"{owner.file}:{line} {dotted(place)}" if line else dotted(place)
+
+    def place(self, path: Path_) -> Path_:
+        """Where a path of the value stands in the file."""
+        return (*self.moved[str(path[0])], *path[1:]) if path and path[0] in self.moved else path
+
+    def owner(self, path: Path_) -> Document:
+        """The document, this one or one that it imports, in which a place stands."""
+        if self.base is None:
+            return self
+        owner = self.base.owner(path)
+        return self if _depth(self.tree, path) >= _depth(owner.tree, path) else owner
+
+    def component(self, name: str) -> Document:
+        """The document as it holds for one of its components."""
+        given = self.value["components"][name]
+        value = {**self.value, **given}
+        del value["components"]
+        return replace(self, value=value, moved={key: ("components", name, key) for key in given})
+
+
+def _depth(tree: Any, path: Path_) -> int:
+    """How many steps of a path a tree has."""
+    for depth, step in enumerate(path):
+        try:
+            tree = tree[step]
+        except (LookupError, TypeError):
+            return depth
+    return len(path)
 
 
 def read(source: str | os.PathLike[str]) -> Document:
@@ -74,10 +126,10 @@ def read(source: str | os.PathLike[str]) -> Document:
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         raise _error(str(path), f"cannot be read: {reason}") from None
-    return parse(data, str(path))
+    return parse(data, str(path), path.parent)
 
 
-def parse(data: bytes, file: str) -> Document:
+def parse(data: bytes, file: str, folder: Path | None = None) -> Document:
     """Reads a policy from the bytes of a file that is called `file` in messages."""
     if len(data) > MAX_BYTES:
         raise _error(file, f"larger than {MAX_BYTES // 1024} KiB; a policy is a few KiB of rules")
@@ -117,7 +169,7 @@ def parse(data: bytes, file: str) -> Document:
         found = shown(_plain(tree, file))
         message = f'expected a mapping that starts with "fpsc: 1", found {found}'
         raise _error(file, message, 1, 1)
-    return Document(file, text, tree, _plain(tree, file))
+    return Document(file, text, tree, _plain(tree, file), folder)
 
 
 def from_value(value: Mapping[str, Any], file: str = "<policy>") -> Document:
@@ -127,23 +179,65 @@ def from_value(value: Mapping[str, Any], file: str = "<policy>") -> Document:
 
 
 def edited(document: Document, changes: Mapping[str, Any]) -> Document:
-    """A copy with values replaced, comments kept; keys are dotted ("schedule.0.noise").
+    """A copy with values replaced; keys are dotted ("schedule.0.noise").
+
+    Comments stay, and lines that hold no change stay as they are, byte for byte. What is changed
+    in an imported policy is written into the document that imports it.
 
     Raises:
         KeyError: a change names a place whose parent is not in the document.
     """
     tree = copy.deepcopy(document.tree)
     for path, value in changes.items():
-        *parents, last = path.split(".")
-        node: Any = tree
         try:
-            for step in parents:
-                node = node[int(step) if isinstance(node, list) else step]
-            node[int(last) if isinstance(node, list) else last] = _tree(value)
+            _set(tree, document, path.split("."), value)
         except (LookupError, TypeError, ValueError):
             raise KeyError(f"{path}: no such place in {document.file}") from None
+    text = _unchanged_lines_kept(document.text, dumps(document.tree), dumps(tree))
+    if parse(text.encode(), document.file).value != _plain(tree, document.file):
+        text = dumps(tree)  # its layout is like nobody's; what it says is what counts
     # Read back, so that positions are those of the text that will be written.
-    return parse(dumps(tree).encode(), document.file)
+    return parse(text.encode(), document.file, document.folder)
+
+
+def _set(tree: Any, document: Document, path: Sequence[str], value: Any) -> None:
+    """Replaces one value in a tree; mappings and lists that only the base has are copied first."""
+    base: Any = document.value
+    place = document.place(tuple(int(step) if step.isdecimal() else step for step in path))
+    for step in place[:-1]:
+        base = base[step]
+        if isinstance(tree, CommentedMap) and step not in tree:
+            tree[step] = CommentedMap() if isinstance(base, Mapping) else _tree(base)
+        tree = tree[step]
+    tree[place[-1]] = _tree(value)
+
+
+def _unchanged_lines_kept(text: str, before: str, after: str) -> str:
+    """`after`, with the lines that it shares with `before` as they stand in `text`.
+
+    `before` and `after` are what the YAML library makes of a tree without and with a change, and
+    `before` says the same as `text`, where lines may be laid out by hand.
+    """
+    old, ref, new = (t.splitlines(keepends=True) for t in (text, before, after))
+    place = {}
+    for a, b, n in _matches([_words(line) for line in ref], [_words(line) for line in old]):
+        place.update({a + i: b + i for i in range(n)})
+    lines = list(new)
+    for a, b, n in _matches(ref, new):
+        for i in range(n):
+            if a + i in place:
+                lines[b + i] = old[place[a + i]]
+    newline = "\r\n" if "\r\n" in text else "\n"
+    return "".join(line.rstrip("\r\n") + newline if line[-1:] == "\n" else line for line in lines)
+
+
+def _matches(a: Sequence[str], b: Sequence[str]) -> list[difflib.Match]:
+    return difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+
+
+def _words(line: str) -> str:
+    """A line without the spaces by which people align it."""
+    return " ".join(re.sub(r"([\[\]{},:])", r" \1 ", line).split())
 
 
 def write(document: Document, path: str | os.PathLike[str]) -> None:

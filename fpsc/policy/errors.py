@@ -11,11 +11,15 @@ MAX_SHOWN = 10
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong: where (line and column count from 1) and what."""
+    """One thing that is wrong: where (line and column count from 1) and what.
+
+    `file` is None for a problem in the policy itself, else the file that it takes something from.
+    """
 
     line: int | None
     column: int | None
     message: str
+    file: str | None = None
 
 
 class PolicyError(ValueError):
@@ -32,9 +36,9 @@ class PolicyError(ValueError):
 
     def __init__(self, file: str, problems: Iterable[Problem]) -> None:
         self.file = file
-        self.problems = sorted(problems, key=lambda p: (p.line or 0, p.column or 0))
-        self.line, self.column, _ = self.problems[0]
-        lines = [_prefix(file, p) + p.message for p in self.problems[:MAX_SHOWN]]
+        self.problems = sorted(problems, key=lambda p: (p.file or "", p.line or 0, p.column or 0))
+        self.line, self.column = self.problems[0][:2]
+        lines = [_prefix(p.file or file, p) + p.message for p in self.problems[:MAX_SHOWN]]
         if len(self.problems) > MAX_SHOWN:
             lines.append(f"{file}: and {len(self.problems) - MAX_SHOWN} more")
         super().__init__("\n".join(lines))

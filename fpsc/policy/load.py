@@ -1,19 +1,24 @@
-"""Policy: a validated document, and where to find one."""
+"""Policy: a validated document."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
 from ..grid import TileShape, plan_tile
 from . import document as doc
+from . import tables
+from .axis import in_noise
 from .check import validate
-from .errors import PolicyError, Problem, listed, nearest
-from .schema import Limits, Mode, Phase, PolicySpec, Rule, Tuned
+from .errors import PolicyError, listed
+from .imports import follow, standalone
+from .schema import ROWS, Limits, Mode, Phase, PolicySpec, Rule, Tuned, component_spec, edges
+
+BESIDE = "fpsc-policy.yaml"
+"""The policy of a model, in the folder of its weights."""
 
 
 class Policy:
@@ -23,8 +28,28 @@ class Policy:
     """
 
     def __init__(self, document: doc.Document) -> None:
+        document = follow(document)
+        self._init(document, validate(document))
+        self._components = {
+            name: self._part(name, component_spec(self.spec, name)) for name in self.spec.components
+        }
+
+    def _init(self, document: doc.Document, spec: PolicySpec) -> None:
         self.document = document
-        self.spec: PolicySpec = validate(document)
+        self.spec = spec
+        self.table = tables.read(document, spec)
+        if len(self.edges) >= ROWS:
+            message = (
+                f"schedule, except and table cut noise in {len(self.edges) + 1} rows; a policy has "
+                f"{ROWS} at most, so let them share their edges"
+            )
+            raise self.error(("table",), message)
+
+    def _part(self, name: str, spec: PolicySpec) -> Policy:
+        part = object.__new__(type(self))
+        part._init(self.document.component(name), in_noise(spec))
+        part._components = {}
+        return part
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> Policy:
@@ -37,15 +62,69 @@ class Policy:
         return cls(doc.from_value(value))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the policy as YAML, comments included."""
+        """Writes the policy as YAML, comments included.
+
+        Raises:
+            ValueError: it refers to files in its folder, and `path` is in another one.
+        """
+        folder = self.document.folder
+        refers = self.document.base is not None or self._tables()
+        if refers and folder and Path(path).parent.resolve() != folder.resolve():
+            raise ValueError(
+                f"{self.source} refers to files in its folder; save it there, or with save_beside"
+            )
         doc.write(self.document, path)
+
+    def save_beside(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the policy into the folder of a model's weights, where the backend finds it.
+
+        What it imports is written out in it, and its tables are copied. Returns the file's path.
+        """
+        target = Path(folder) / BESIDE
+        for choices, name in self._tables():
+            copied = target.parent / name
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            if not copied.exists() or not copied.samefile(choices.file):
+                shutil.copyfile(choices.file, copied)
+        doc.write(standalone(self.document), target)
+        return target
+
+    def _tables(self) -> list[tuple[tables.Choices, str]]:
+        """The tables of the policy and of its components, with their names in the file."""
+        policies = [self, *self._components.values()]
+        return [(p.table, p.spec.table) for p in policies if p.table and p.spec.table]
 
     def with_values(self, changes: Mapping[str, Any]) -> Policy:
         """A policy with values replaced: {"modes.fast.keep": 0.2, "schedule.0.use": "fast"}.
 
-        Comments stay. Raises KeyError where a key's parent does not exist.
+        Comments stay, and lines without a change stay byte for byte. Raises KeyError where a key's
+        parent does not exist.
         """
         return type(self)(doc.edited(self.document, changes))
+
+    @property
+    def components(self) -> list[str]:
+        """Names of the transformers for which the policy says something of their own."""
+        return list(self._components)
+
+    def component(self, name: str | None) -> Policy:
+        """The policy as it holds for one transformer of a pipeline, `transformer_2` for example.
+
+        The policy itself where it says nothing about that one.
+        """
+        return self._components.get(name or "", self)
+
+    @property
+    def edges(self) -> list[float]:
+        """Noise levels, descending, at which anything changes: between the rows of a table."""
+        stretches = self.table.noise if self.table else ()
+        inner = {n for noise in stretches for n in noise} - {0.0, 1.0}
+        return sorted({*edges(self.spec), *inner}, reverse=True)
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Roles of attention that the policy covers; others stay dense."""
+        return frozenset(self.spec.roles)
 
     @property
     def name(self) -> str:
@@ -114,37 +193,7 @@ class Policy:
 
     def where(self, path: doc.Path_) -> str:
         """A place as people find it: "wan.yaml:12 except[0]"."""
-        line, _ = doc.position(self.document.tree, path)
-        return f"{self.source}:{line} {doc.dotted(path)}" if line else doc.dotted(path)
+        return self.document.where(path)
 
     def __repr__(self) -> str:
         return f"Policy({self.name!r}, modes={listed(self.modes)}, from {self.source})"
-
-
-def presets() -> dict[str, Traversable]:
-    """The built-in policies by name."""
-    folder = resources.files(__package__) / "presets"
-    files = sorted(folder.iterdir(), key=lambda f: f.name)
-    return {f.name.removesuffix(".yaml"): f for f in files if f.name.endswith(".yaml")}
-
-
-def find(name_or_path: str | os.PathLike[str] | Policy) -> Policy:
-    """A policy by the name of a preset, by the path of a file, or as it is.
-
-    Raises:
-        PolicyError: there is no such preset and no such file, or the policy is not valid.
-    """
-    if isinstance(name_or_path, Policy):
-        return name_or_path
-    built_in = presets()
-    if name_or_path in built_in:
-        preset = built_in[str(name_or_path)]
-        return Policy(doc.parse(preset.read_bytes(), preset.name))
-    if isinstance(name_or_path, str) and "\n" in name_or_path:
-        return Policy.load(name_or_path)
-    path = Path(name_or_path)
-    if not path.is_file():
-        guess = nearest(name_or_path, built_in)
-        message = f"no such policy, neither a file nor one of {listed(built_in)}{guess}"
-        raise PolicyError(str(name_or_path) or '""', [Problem(None, None, message)])
-    return Policy.load(path)

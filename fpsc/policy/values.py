@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import PlainValidator, WithJsonSchema
 
@@ -13,10 +13,16 @@ from .errors import shown
 
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
 
+QKNames = Literal["tile", "fine", "intermediate", "coarse", "head"]
+"""How many tiles share a scale of Q and K, by name; `fine` is `tile`."""
+
+Number = TypeVar("Number", int, float)
+
 # Five decimals: ten times coarser than the tolerance with which a level is compared to an edge.
 NUMBER = r"\d{1,3}(?:\.\d{1,5})?"
 NOISE = re.compile(rf"\s*({NUMBER})\s*\.\.\s*({NUMBER})\s*")
 SPAN = re.compile(r"\s*(\d{1,6})\s*\.\.\s*(\d{1,6})\s*")
+PERCENT = NOISE  # spelled alike; what differs is which numbers are allowed
 
 
 class NoiseRange(NamedTuple):
@@ -32,6 +38,26 @@ class NoiseRange(NamedTuple):
 def level(noise: float) -> str:
     """A noise level as people write it: two decimals, more where it needs them."""
     return f"{noise:.2f}" if round(noise, 2) == noise else f"{noise:.5f}".rstrip("0")
+
+
+class StepRange(NamedTuple):
+    """Steps of a sampling run from `first` up to, and without, `stop`, counted from 0."""
+
+    first: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.first}..{self.stop}"
+
+
+class PercentRange(NamedTuple):
+    """A part of a sampling run in percent of its steps, from `first` up to, and without, `stop`."""
+
+    first: float
+    stop: float
+
+    def __str__(self) -> str:
+        return f"{self.first:g}..{self.stop:g}"
 
 
 class Span(NamedTuple):
@@ -52,6 +78,31 @@ def _noise(value: Any) -> NoiseRange:
         fix = f"; write {match[2]}..{match[1]}" if noise.hi < noise.lo else ""
         raise ValueError(f"a range runs from noisy to clean, a..b with a > b; found {value}{fix}")
     return noise
+
+
+def _steps(value: Any) -> StepRange:
+    match = SPAN.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise TypeError
+    return StepRange(*_counting_up(value, int(match[1]), int(match[2])))
+
+
+def _percent(value: Any) -> PercentRange:
+    match = PERCENT.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise TypeError
+    percent = PercentRange(*_counting_up(value, float(match[1]), float(match[2])))
+    if percent.stop > 100:
+        raise ValueError(f"percent lies between 0 (the first step) and 100; found {shown(value)}")
+    return percent
+
+
+def _counting_up(text: str, first: Number, stop: Number) -> tuple[Number, Number]:
+    if first > stop:
+        raise ValueError(f"a range counts up; write {stop:g}..{first:g}, found {text}")
+    if first == stop:
+        raise ValueError(f"a range leaves its end out, so {text} is empty")
+    return first, stop
 
 
 def _spans(value: Any) -> tuple[Span, ...]:
@@ -94,8 +145,8 @@ def _tile(value: Any) -> TileShape | Literal["auto"]:
     return tile
 
 
-def _qk_scales(value: Any) -> tuple[int, int, int] | Literal["tile", "head"]:
-    return value if value in ("tile", "head") else _triple(value)
+def _qk_scales(value: Any) -> QKNames | tuple[int, int, int]:
+    return value if value in get_args(QKNames) else _triple(value)
 
 
 def _offsets(value: Any) -> tuple[tuple[int, int, int], ...]:
@@ -109,6 +160,20 @@ def _offsets(value: Any) -> tuple[tuple[int, int, int], ...]:
     if not good:
         raise TypeError
     return tuple((t, y, x) for t, y, x in value)
+
+
+def _lists(value: Any) -> tuple[tuple[int, ...], ...]:
+    good = isinstance(value, list) and value and all(isinstance(keys, list) for keys in value)
+    if not good or not all(type(key) is int for keys in value for key in keys):
+        raise TypeError
+    for tile, keys in enumerate(value):
+        for key in keys:
+            if not 0 <= key < len(value):
+                raise ValueError(
+                    f"list {tile} names tile {key}; {len(value)} lists are for tiles "
+                    f"0..{len(value) - 1}"
+                )
+    return tuple(tuple(sorted({tile, *keys})) for tile, keys in enumerate(value))
 
 
 def _weights(value: Any) -> tuple[float, float, float]:
@@ -137,6 +202,7 @@ _TRIPLE = {"type": "array", "minItems": 3, "maxItems": 3}
 _SIZES = WithJsonSchema(_TRIPLE | {"items": {"type": "integer", "minimum": 1}})
 _OFFSET = _TRIPLE | {"items": {"type": "integer"}}
 _NOISE = WithJsonSchema({"type": "string", "pattern": rf"^{NUMBER}\.\.{NUMBER}$"})
+_STEPS = WithJsonSchema({"type": "string", "pattern": r"^\d+\.\.\d+$"})
 _SPAN = [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+\.\.\d+$"}]
 _SPANS = WithJsonSchema(
     {"anyOf": [*_SPAN, {"type": "array", "minItems": 1, "items": {"anyOf": _SPAN}}]}
@@ -147,23 +213,26 @@ _TILE = WithJsonSchema(
 _QK_SCALES = WithJsonSchema(
     {
         "anyOf": [
-            {"enum": ["tile", "head"]},
+            {"enum": list(get_args(QKNames))},
             _TRIPLE | {"items": {"type": "integer", "minimum": 1}},
         ]
     }
 )
 _OFFSETS = WithJsonSchema({"type": "array", "minItems": 1, "items": _OFFSET})
+_KEYS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_LISTS = WithJsonSchema({"type": "array", "minItems": 1, "items": _KEYS})
 _WEIGHTS = WithJsonSchema(
     _TRIPLE | {"items": {"type": "number", "minimum": MIN_WEIGHT, "maximum": MAX_WEIGHT}}
 )
 
 Noise = Annotated[NoiseRange, _reader(_noise), _NOISE]
+Steps = Annotated[StepRange, _reader(_steps), _STEPS]
+Percent = Annotated[PercentRange, _reader(_percent), _NOISE]
 Spans = Annotated[tuple[Span, ...], _reader(_spans), _SPANS]
 Grid = Annotated[TokenGrid, _reader(_grid), _SIZES]
 Window = Annotated[tuple[int, int, int], _reader(_triple), _SIZES]
 Tile = Annotated[TileShape | Literal["auto"], _reader(_tile), _TILE]
-QKScales = Annotated[
-    tuple[int, int, int] | Literal["tile", "head"], _reader(_qk_scales), _QK_SCALES
-]
+QKScales = Annotated[QKNames | tuple[int, int, int], _reader(_qk_scales), _QK_SCALES]
 Offsets = Annotated[tuple[tuple[int, int, int], ...], _reader(_offsets), _OFFSETS]
+Lists = Annotated[tuple[tuple[int, ...], ...], _reader(_lists), _LISTS]
 Weights = Annotated[tuple[float, float, float], _reader(_weights), _WEIGHTS]

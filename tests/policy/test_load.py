@@ -9,7 +9,6 @@ import pytest
 
 from fpsc.grid import plan_tile
 from fpsc.policy import Policy, PolicyError, find, presets
-from fpsc.policy.schema import PolicySpec
 
 WAN = """\
 # yaml-language-server: $schema=./fpsc-policy-1.json
@@ -214,15 +213,6 @@ def test_mismatches_name_the_field() -> None:
         "grid: wan2.1-t2v-14b-720p was tuned on [21, 45, 80], this is [13, 30, 52]",
     ]
     assert find("generic").mismatches(model="x", grid=(1, 2, 3)) == []
-
-
-def test_the_editors_schema_knows_every_key() -> None:
-    schema = PolicySpec.model_json_schema()
-    assert set(schema["properties"]) == {
-        *("fpsc", "name", "for", "tile", "modes", "schedule", "except", "limits", "measured")
-    }
-    assert schema["additionalProperties"] is False
-    assert schema["$defs"]["Phase"]["properties"]["noise"]["type"] == "string"
 
 
 def test_the_page_for_authors_is_true(checkout: Path) -> None:

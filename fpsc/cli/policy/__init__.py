@@ -1,0 +1,15 @@
+"""`fpsc policy`: look at policy files, compare, write and convert them. One module a command."""
+
+import typer
+
+from fpsc.cli.errors import reports_errors
+from fpsc.cli.policy.check import check
+from fpsc.cli.policy.schema import schema
+
+app = typer.Typer(
+    name="policy",
+    help="Check, compare, write and convert policy files.",
+    no_args_is_help=True,
+)
+for command in (check, schema):
+    app.command()(reports_errors(command))
