@@ -206,7 +206,8 @@ def writes_into(node: fx.Node, tensor: fx.Node) -> bool:
     if node.target is operator.setitem or node.target in _OPERATORS:
         return True
     name = op_name(node)
-    return name.endswith("_") and not name.endswith("__")
+    pure = name.endswith("__") or node.target in (operator.and_, operator.or_, operator.not_)
+    return name.endswith("_") and not pure
 
 
 def module_path(node: fx.Node) -> str:

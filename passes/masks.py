@@ -103,6 +103,8 @@ def values_after(node: fx.Node) -> Values:
     def values(argument: object) -> Values:
         return values_of(argument, node)
 
+    if not isinstance(example(node), torch.Tensor):
+        return frozenset()
     name, dtype = plain_name(node), dtype_of(node)
     found: list[float] = []
     if name in _FILLS:
