@@ -4,6 +4,7 @@ over."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 from warnings import warn
 
@@ -25,9 +26,11 @@ from fpsc.kernels.select import Choice, fp8_support, select
 from fpsc.launch import Launcher
 from fpsc.options import OptionError, Options, inductor_patches, parse
 from fpsc.passes import manager
+from fpsc.passes.attempt import attempt
 from fpsc.passes.infer_grid import Hints
 from fpsc.passes.manager import Analysis, Limits
 from fpsc.passes.match import Role
+from fpsc.passes.rewrite import Rewritten
 from fpsc.policy import Policy, find
 from fpsc.policy.resolve import kinds_of
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
@@ -91,7 +94,8 @@ def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) 
         options: as for the backend.
     """
     state, origin = _state(None, parse(None, options))
-    return _report(_analyse(gm, state, None), state, origin, hooked=True)
+    analysis = _analyse(gm, state, None, strict=state.options.strict)
+    return _report(analysis, state, origin, hooked=True)
 
 
 def _state(root: RunningModule | None, options: Options) -> tuple[ModelState, str]:
@@ -125,7 +129,13 @@ def _serves(state: ModelState, policy: Policy, options: Options) -> bool:
     return same_structure and options == state.options
 
 
-def _analyse(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) -> Analysis:
+def _nothing(reason: str) -> None:
+    warn(f"fpsattn replaced nothing in this graph: {reason}", NothingReplacedWarning, 2)
+
+
+def _analyse(
+    gm: fx.GraphModule, state: ModelState, root: RunningModule | None, *, strict: bool
+) -> Analysis:
     if root is not None and root.args is not None and not root.compiled:
         state.observe(root.args, root.kwargs)
     names = roots.argument_names(root.module) if root else []
@@ -135,6 +145,19 @@ def _analyse(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) 
         Limits(min_tokens=state.policy.limits.min_tokens),
         names,
         state.options.timestep.argument,
+        strict=strict,
+    )
+
+
+def _replace(analysis: Analysis, state: ModelState) -> Rewritten | None:
+    """The graph with its sites replaced; None where that fails, and then all of them stay dense."""
+    convention = state.convention if analysis.timestep is not None else None
+    kinds, kernel = _kinds(analysis, state), state.options.kernel
+    return attempt(
+        partial(manager.apply, analysis, convention, kinds=kinds, kernel=kernel),
+        analysis.leave,
+        "this graph",
+        strict=state.options.strict,
     )
 
 
@@ -225,18 +248,20 @@ def _rewrite(
     origin: str,
 ) -> Launcher | None:
     """Analyse, report, rewrite; the launcher has no compiled graph yet."""
-    analysis = _analyse(gm, state, root)
+    strict = state.options.strict
+    look = partial(_analyse, gm, state, root, strict=strict)
+    analysis = attempt(look, _nothing, "this graph", strict=strict)
+    if analysis is None:
+        return None
     state.saw_video |= shows_video(analysis)
     if not analysis.candidates:
         return None
+    rewritten = _replace(analysis, state) if analysis.targets else None
     report = _report(analysis, state, origin, hooked=_takes_hook(root))
     record(report)
     _check(report, state.options)
-    if not analysis.targets:
+    if rewritten is None:
         return None
-    threaded = state.convention if analysis.timestep is not None else None
-    kernel = state.options.kernel
-    rewritten = manager.apply(analysis, threaded, kinds=_kinds(analysis, state), kernel=kernel)
     timestep = analysis.timestep if rewritten.returns_rows else None
     launcher = Launcher(rewritten, analysis.program, state, timestep, report)
     weights = [example_inputs[t.weight.position] for t in analysis.targets if t.weight]
