@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -68,5 +69,5 @@ def family_of(model: nn.Module | None) -> Family | None:
     for cls in type(model).__mro__ if model is not None else ():
         for prefix, family in FAMILIES.items():
             if cls.__name__.startswith(prefix):
-                return family if isinstance(family, Family) or model is None else family(model)
+                return family if isinstance(family, Family) else family(cast(nn.Module, model))
     return None

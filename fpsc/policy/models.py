@@ -6,11 +6,15 @@ configurations that are published with the weights, and the sampling from their 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..grid import TokenGrid
 from .schema import Sampling
+
+
+def _fifty_steps() -> Sampling:
+    return Sampling(scheduler="FlowMatchEulerDiscreteScheduler", steps=50)
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class ModelSize:
     ffn_matrices: int = 2
     text: int = 0
     joint: bool = False
-    sampling: Sampling = Sampling(scheduler="FlowMatchEulerDiscreteScheduler", steps=50)
+    sampling: Sampling = field(default_factory=_fifty_steps)
 
     @property
     def width(self) -> int:

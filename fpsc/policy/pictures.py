@@ -16,6 +16,7 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from ..grid import TileShape, TokenGrid, tile_grid
 from .accounting import Account
@@ -36,8 +37,8 @@ def policy_figure(account: Account, levels: Sequence[float] = ()) -> Figure:
     policy, size = account.policy, account.size
     tile = policy.tile_for(size.grid)
     shown = _distinct(policy.modes)[:MAX_WINDOWS]
-    heights = [1.5] * bool(levels) + [2.3] + [1.1 + 0.25 * _rows_of_slabs(size.grid, tile)] * len(
-        shown
+    heights = (
+        [1.5] * bool(levels) + [2.3] + [1.1 + 0.25 * _rows_of_slabs(size.grid, tile)] * len(shown)
     )
     figure = Figure(figsize=(10, sum(heights) + 1.1), layout="constrained", facecolor="white")
     figure.suptitle(f"{policy.name}  on  {size.name}", fontsize=12, fontweight="bold")
@@ -75,8 +76,7 @@ def steps(axes: Axes, account: Account, levels: Sequence[float]) -> None:
     axes.plot(range(len(levels)), levels, color="black", linewidth=1.2, label="noise")
     axes.set(xlim=(-0.6, len(levels) - 0.4), ylim=(0, 1.03), xlabel="step", ylabel="keep, noise")
     axes.set_title(
-        f"{account.dense_steps()} of {len(levels)} steps dense, mean keep "
-        f"{account.run_keep():.2f}",
+        f"{account.dense_steps()} of {len(levels)} steps dense, mean keep {account.run_keep():.2f}",
         loc="left",
         fontsize=10,
     )
@@ -110,7 +110,7 @@ def keep_heatmap(axes: Axes, account: Account, axis: str) -> Any:
                 color="white" if value > 0.55 else "black",
             )
     axes.set(xlabel="noise, from noisy to clean", ylabel=axis)
-    axes.yaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     other = "heads" if axis == "layer" else "layers"
     axes.set_title(f"keep by {axis} (mean over {other})", loc="left", fontsize=10)
     return heat
@@ -157,7 +157,9 @@ def window(
 
 
 def patterns_figure(
-    patterns: dict[str, Pattern], grid: Sequence[int] = (15, 30, 52), tile: Sequence[int] = (3, 6, 4)
+    patterns: dict[str, Pattern],
+    grid: Sequence[int] = (15, 30, 52),
+    tile: Sequence[int] = (3, 6, 4),
 ) -> Figure:
     """One row for each pattern: what a tile in the middle and one in a corner see."""
     figure = Figure(figsize=(10, 1.35 * len(patterns)), layout="constrained", facecolor="white")
@@ -165,8 +167,9 @@ def patterns_figure(
         figure.subplots(len(patterns), 1), patterns.items(), strict=True
     ):
         window(axes, pattern, TokenGrid(*grid), TileShape(*tile), title=name)
+        keep = fraction(pattern, tile_grid(TokenGrid(*grid), TileShape(*tile)))
         axes.set_title(
-            f"{name}  (keep {fraction(pattern, tile_grid(TokenGrid(*grid), TileShape(*tile))):.2f})",
+            f"{name}  (keep {keep:.2f})",
             loc="left",
             fontsize=9,
         )
