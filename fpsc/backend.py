@@ -98,7 +98,7 @@ def _state(root: RunningModule | None, options: Options) -> tuple[ModelState, st
     if options.policy is not None:
         policy, origin = find(options.policy), "named in the options"
     elif family is not None:
-        policy, origin = find(family.policy), f"preset for {type(module).__name__}"
+        policy, origin = find(family.policy_for(module)), f"preset for {type(module).__name__}"
     else:
         policy, origin = find("generic"), "default"
     known = runtime.state_of_root(module) if module is not None else None

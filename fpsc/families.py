@@ -7,7 +7,8 @@ policy is used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -18,25 +19,37 @@ class Family:
 
     Attributes:
         convention: key of `fpsc.kernels.rows.CONVENTIONS`.
-        policy: name of the built-in policy that is used when the user names none.
+        policy: name of the built-in policy that is used when the user names none. It is for
+            original weights: whether others were trained for it cannot be seen.
+        by_heads: other built-in policies, for models of that many attention heads.
     """
 
     convention: str
     policy: str = "generic"
+    by_heads: Mapping[int, str] = field(default_factory=dict)
+
+    def policy_for(self, model: nn.Module | None) -> str:
+        """Name of the built-in policy for a model of this family."""
+        config = getattr(model, "config", None)
+        return self.by_heads.get(getattr(config, "num_attention_heads", 0), self.policy)
 
 
 FAMILIES: dict[str, Family] = {
-    "Wan": Family("flow"),
+    # 12 heads: 1.3B; 24: Wan2.2 TI2V-5B. Wan2.2 A14B has the sizes of Wan2.1 14B, whose preset
+    # keeps more steps dense in its sampling than its own would.
+    "Wan": Family("flow", "wan-2.1-14b", {12: "wan-2.1-1.3b", 24: "wan-2.2"}),
     "SkyReelsV2": Family("flow"),
     "ChronoEdit": Family("flow"),
     "AnyFlow": Family("flow"),
     "Helios": Family("flow"),
-    "HunyuanVideo": Family("flow"),
-    "CogVideoX": Family("flow"),
-    "ConsisID": Family("flow"),
-    "LTXVideo": Family("flow"),
+    "HunyuanVideo15": Family("flow"),
+    "HunyuanVideoFramepack": Family("flow"),
+    "HunyuanVideo": Family("flow", "hunyuan-video"),
+    "CogVideoX": Family("flow", "cogvideox"),
+    "ConsisID": Family("flow", "cogvideox"),  # finetuned from CogVideoX-5B
+    "LTXVideo": Family("flow", "ltx-video"),
     "LTX2Video": Family("flow"),
-    "Mochi": Family("reversed"),
+    "Mochi": Family("reversed", "mochi"),
     "Allegro": Family("flow"),
     "EasyAnimate": Family("flow"),
     "Latte": Family("flow"),
@@ -46,7 +59,7 @@ FAMILIES: dict[str, Family] = {
     "MotifVideo": Family("flow"),
     "JoyImageEdit": Family("flow"),
 }
-"""Families by the beginning of their transformers' class names.
+"""Families by the beginning of their transformers' class names; the first that fits.
 
 Cosmos is not among them: one class is given ln(sigma) / 4 in version 1 (`log-sigma`) and a level
 from 0 to 1 in version 2 (`unit`).

@@ -60,9 +60,7 @@ class Account:
         cells = self.table.cells[:, row].numpy()
         counts = np.bincount(cells.ravel(), minlength=len(self.table.mode_names))
         order = np.argsort(-counts, kind="stable")
-        return {
-            self.table.mode_names[i]: float(counts[i]) / cells.size for i in order if counts[i]
-        }
+        return {self.table.mode_names[i]: float(counts[i]) / cells.size for i in order if counts[i]}
 
     def row_keep(self) -> Array:
         """[rows]: mean keep over layers and heads."""

@@ -6,7 +6,7 @@ configurations that are published with the weights, and the sampling from their 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..grid import TokenGrid
@@ -37,7 +37,7 @@ class ModelSize:
     ffn_matrices: int = 2
     text: int = 0
     joint: bool = False
-    sampling: Sampling = Sampling(scheduler="FlowMatchEulerDiscreteScheduler", steps=50)
+    sampling: Sampling = field(default_factory=lambda: _euler(50))
 
     @property
     def width(self) -> int:
