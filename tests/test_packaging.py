@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 SOURCES = {"fpsc": "fpsc", "passes": "fpsc/passes", "kernels": "fpsc/kernels"}  # folder -> package
-DATA = ("fpsc/py.typed", "fpsc/policy/presets/*.yaml", "fpsc/demo/weights/*")
+DATA = ("fpsc/py.typed", "fpsc/policy/presets/*.yaml", "fpsc/policy/*.json", "fpsc/demo/weights/*")
 BUILD_FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 
 

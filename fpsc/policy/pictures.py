@@ -85,7 +85,14 @@ def steps(axes: Axes, account: Account, levels: Sequence[float]) -> None:
     )
     handles: list[Any] = [Patch(color=colour, label=name) for name, colour in colours.items()]
     handles += axes.get_lines()
-    axes.legend(handles=handles, loc="lower left", fontsize=8, ncols=len(handles), framealpha=0.9)
+    axes.legend(
+        handles=handles,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        fontsize=8,
+        ncols=len(handles),
+        frameon=False,
+    )
     _plain(axes)
 
 
