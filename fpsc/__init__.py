@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fpsc.options import OptionError
     from fpsc.policy import Policy, PolicyError
     from fpsc.report import NothingReplacedWarning, Report, reports
-    from fpsc.runtime import StructureError, set_policy
+    from fpsc.runtime import StructureError, save_policy, set_policy
 
 # Loaded at first use: `fpsc --help` and the entry point must not wait for torch.
 _HOMES = {
@@ -29,6 +29,7 @@ _HOMES = {
     "StructureError": "fpsc.runtime",
     "attention": "fpsc.functional",
     "reports": "fpsc.report",
+    "save_policy": "fpsc.runtime",
     "set_policy": "fpsc.runtime",
 }
 
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "attention",
     "reports",
+    "save_policy",
     "set_policy",
 ]
 

@@ -19,7 +19,9 @@ from torch._subclasses.fake_tensor import (
 
 from fpsc import roots, runtime
 from fpsc.cache_key import HOOK, CacheKey
+from fpsc.choice import choose
 from fpsc.families import family_of
+from fpsc.guard import guard_structure
 from fpsc.kernels.kinds import FP8_CELLS
 from fpsc.kernels.select import Choice, fp8_support, select
 from fpsc.launch import Launcher
@@ -28,7 +30,6 @@ from fpsc.passes import manager
 from fpsc.passes.infer_grid import Hints
 from fpsc.passes.manager import Analysis, Limits
 from fpsc.passes.match import Role
-from fpsc.policy import Policy, find
 from fpsc.policy.resolve import kinds_of
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
 from fpsc.roots import RunningModule
@@ -64,13 +65,14 @@ def fpsattn(
     parsed = parse(mode, options)
     patches = inductor_patches(parsed)
     root = roots.root_for(roots.running_modules())
-    state, origin = _state(root, parsed)
+    state = _state(root, parsed)
     analysis = _analyse(gm, state, root)
     if not analysis.candidates:
         return inductor(gm, list(example_inputs), config_patches=patches)
-    report = _report(analysis, state, origin, hooked=_takes_hook(root))
+    report = _report(analysis, state, hooked=_takes_hook(root))
     record(report)
     _check(report, parsed)
+    _guard(analysis, example_inputs, state)
     if not analysis.targets:
         return inductor(gm, list(example_inputs), config_patches=patches)
     return _compile(analysis, example_inputs, state, root, report, patches)
@@ -83,39 +85,29 @@ def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) 
         gm: graph from Dynamo.
         options: as for the backend.
     """
-    state, origin = _state(None, parse(None, options))
-    return _report(_analyse(gm, state, None), state, origin, hooked=True)
+    state = _state(None, parse(None, options))
+    return _report(_analyse(gm, state, None), state, hooked=True)
 
 
-def _state(root: RunningModule | None, options: Options) -> tuple[ModelState, str]:
-    """The state of the model that is compiled, and why it has the policy that it has."""
+def _state(root: RunningModule | None, options: Options) -> ModelState:
+    """The state of the model that is compiled, with the policy that it has or now gets."""
     module = root.module if root else None
     family = family_of(module)
-    if options.policy is not None:
-        policy, origin = find(options.policy), "named in the options"
-    elif family is not None:
-        policy, origin = find(family.policy), f"preset for {type(module).__name__}"
-    else:
-        policy, origin = find("generic"), "default"
+    chosen = choose(options, module, family)
     known = runtime.state_of_root(module) if module is not None else None
-    if known is not None and _serves(known, policy, options):
-        if policy.spec != known.loaded.spec:  # the file was edited since
-            known.loaded = policy
-            known.set_policy(policy)
-        return known, origin
+    if known is not None and options == known.options:
+        if chosen.policy.same_as(known.loaded):
+            return known  # what `set_policy` gave it since stays
+        if runtime.structure_of(chosen.policy) == runtime.structure_of(known.policy):
+            known.take(chosen)  # the file was edited since
+            return known
     convention = options.timestep.convention or (family.convention if family else None)
-    state = ModelState(module, policy, options, convention)
+    state = ModelState(module, chosen, options, convention)
     if module is not None:
         if known is not None:
             known.remove_hook()
         runtime.remember_root(module, state)
-    return state, origin
-
-
-def _serves(state: ModelState, policy: Policy, options: Options) -> bool:
-    """Whether the state that a model has serves these options too; numbers may differ."""
-    same_structure = runtime.structure_of(policy) == runtime.structure_of(state.policy)
-    return same_structure and options == state.options
+    return state
 
 
 def _analyse(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) -> Analysis:
@@ -125,7 +117,7 @@ def _analyse(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) 
     return manager.analyse(
         gm,
         Hints(*state.hints()),
-        Limits(min_tokens=state.policy.limits.min_tokens),
+        Limits(min_tokens=state.policy.limits.min_tokens, roles=state.policy.roles),
         names,
         state.options.timestep.argument,
     )
@@ -136,9 +128,10 @@ def _takes_hook(root: RunningModule | None) -> bool:
     return root is not None and not root.compiled
 
 
-def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) -> Report:
+def _report(analysis: Analysis, state: ModelState, hooked: bool) -> Report:
     threaded = analysis.timestep is not None and state.convention is not None
-    notes = list(analysis.warnings)
+    sites = sites_of(analysis)
+    notes = [*analysis.warnings, *state.notes, *runtime.mismatches(state, state.policy, sites)]
     if state.convention is not None and not threaded and not hooked:
         notes.append(
             "the timestep is not a tensor among the inputs of this graph: every forward uses the "
@@ -159,8 +152,8 @@ def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) ->
     return Report(
         model=type(module).__name__ if module is not None else "",
         policy=state.policy.name,
-        policy_source=origin,
-        sites=sites_of(analysis),
+        policy_source=state.origin,
+        sites=sites,
         timestep="an input of the graph"
         if threaded
         else "the root module"
@@ -208,6 +201,17 @@ def _check(report: Report, options: Options) -> None:
         warn(f"fpsattn: {note}", UserWarning, 2)
 
 
+def _guard(analysis: Analysis, example_inputs: Sequence[Any], state: ModelState) -> None:
+    """Have the graph compiled again when the structure of the model's policy changes.
+
+    One that replaces nothing too: another policy may cover what this one leaves dense.
+    """
+    weight = next((w for w in manager.weights_of(analysis) if w is not None), None)
+    if weight is not None:
+        runtime.recognise(example_inputs[weight.position], state)
+        guard_structure(weight.node, state.structure)
+
+
 def _compile(
     analysis: Analysis,
     example_inputs: Sequence[Any],
@@ -229,7 +233,7 @@ def _compile(
         if root.args is not None:
             state.observe(root.args, root.kwargs)
     report.attach(state)
-    structure = repr([*sorted(runtime.structure_of(state.policy).items()), report.kernels])
+    structure = repr([state.structure, report.kernels])
     user_hook = patches.get(HOOK, getattr(inductor_config, HOOK))
     patches = {**patches, HOOK: CacheKey(structure, user_hook)}
     fake_mode = TracingContext.get().fake_mode
