@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import fpsc
@@ -153,7 +154,7 @@ def test_the_options_come_before_the_weights_and_the_weights_before_the_family(
     assert analysed(saved_wan(tmp_path), policy=phases).policy_source == "named in the options"
     torch._dynamo.reset()
     (tmp_path / BESIDE).write_text("fpsc: 2\n")
-    with pytest.raises(PolicyError, match=r"fpsc-policy\.yaml:1:7: fpsc: expected 1"):
+    with pytest.raises(BackendCompilerFailed, match=r"fpsc-policy\.yaml:1:7: fpsc: expected 1"):
         analysed(WanTransformer3DModel.from_pretrained(tmp_path))
 
 
