@@ -4,6 +4,7 @@ over."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 from warnings import warn
 
@@ -27,13 +28,16 @@ from fpsc.kernels.select import Choice, fp8_support, select
 from fpsc.launch import Launcher
 from fpsc.options import OptionError, Options, inductor_patches, parse
 from fpsc.passes import manager
+from fpsc.passes.attempt import attempt
 from fpsc.passes.infer_grid import Hints
 from fpsc.passes.manager import Analysis, Limits
 from fpsc.passes.match import Role
+from fpsc.passes.rewrite import Rewritten
 from fpsc.policy.resolve import kinds_of
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
 from fpsc.roots import RunningModule
 from fpsc.runtime import ModelState
+from fpsc.unseen import Watched, shows_video, takes_video
 
 inductor: Callable[..., Callable[..., Any]] = cast(Any, compile_fx)
 """Inductor, as a backend gets it: it returns a callable here, whatever its type says."""
@@ -63,19 +67,24 @@ def fpsattn(
         StrictError: with `strict`, a video self-attention was left dense.
     """
     parsed = parse(mode, options)
-    patches = inductor_patches(parsed)
     root = roots.root_for(roots.running_modules())
     state = _state(root, parsed)
-    analysis = _analyse(gm, state, root)
-    if not analysis.candidates:
-        return inductor(gm, list(example_inputs), config_patches=patches)
-    report = _report(analysis, state, hooked=_takes_hook(root))
-    record(report)
-    _check(report, parsed)
-    _guard(analysis, example_inputs, state)
-    if not analysis.targets:
-        return inductor(gm, list(example_inputs), config_patches=patches)
-    return _compile(analysis, example_inputs, state, root, report, patches)
+    launcher = _rewrite(gm, example_inputs, root, state)
+    if launcher is not None:
+        return _compile(launcher, example_inputs, inductor_patches(parsed))
+    compiled = inductor(gm, list(example_inputs), config_patches=inductor_patches(parsed))
+    if root is None or root.args is None or not takes_video(root.module, root.args, root.kwargs):
+        return compiled
+    return Watched(compiled, state)
+
+
+def rewrite_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Launcher | None:
+    """What the backend does before it compiles: a rewritten graph, or None where nothing is
+    replaced."""
+    root = roots.root_for(roots.running_modules())
+    return _rewrite(gm, example_inputs, root, _state(root, options))
 
 
 def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) -> Report:
@@ -86,7 +95,8 @@ def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) 
         options: as for the backend.
     """
     state = _state(None, parse(None, options))
-    return _report(_analyse(gm, state, None), state, hooked=True)
+    analysis = _analyse(gm, state, None, strict=state.options.strict)
+    return _report(analysis, state, hooked=True)
 
 
 def _state(root: RunningModule | None, options: Options) -> ModelState:
@@ -110,7 +120,13 @@ def _state(root: RunningModule | None, options: Options) -> ModelState:
     return state
 
 
-def _analyse(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) -> Analysis:
+def _nothing(reason: str) -> None:
+    warn(f"fpsattn replaced nothing in this graph: {reason}", NothingReplacedWarning, 2)
+
+
+def _analyse(
+    gm: fx.GraphModule, state: ModelState, root: RunningModule | None, *, strict: bool
+) -> Analysis:
     if root is not None and root.args is not None and not root.compiled:
         state.observe(root.args, root.kwargs)
     names = roots.argument_names(root.module) if root else []
@@ -120,6 +136,19 @@ def _analyse(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) 
         Limits(min_tokens=state.policy.limits.min_tokens, roles=state.policy.roles),
         names,
         state.options.timestep.argument,
+        strict=strict,
+    )
+
+
+def _replace(analysis: Analysis, state: ModelState) -> Rewritten | None:
+    """The graph with its sites replaced; None where that fails, and then all of them stay dense."""
+    convention = state.convention if analysis.timestep is not None else None
+    kinds, kernel = _kinds(analysis, state), state.options.kernel
+    return attempt(
+        partial(manager.apply, analysis, convention, kinds=kinds, kernel=kernel),
+        analysis.leave,
+        "this graph",
+        strict=state.options.strict,
     )
 
 
@@ -141,7 +170,9 @@ def _report(analysis: Analysis, state: ModelState, hooked: bool) -> Report:
     elif state.convention is None:
         notes.append(
             "the convention of this model's timestep is not known: every forward uses the policy's "
-            'densest row; state it with options={"timestep": {"convention": "flow"}}'
+            'densest row; state it with options={"timestep": {"convention": ...}}: "flow" for 1000 '
+            'down to 0, "reversed" for 0 up to 1000, "unit" for 1 down to 0, "sigma" for EDM noise '
+            'levels, "log-sigma" for ln(sigma) / 4'
         )
     choices = _choices(analysis, state)
     device = analysis.queries[0].device if analysis.targets else None
@@ -212,17 +243,28 @@ def _guard(analysis: Analysis, example_inputs: Sequence[Any], state: ModelState)
         guard_structure(weight.node, state.structure)
 
 
-def _compile(
-    analysis: Analysis,
+def _rewrite(
+    gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    state: ModelState,
     root: RunningModule | None,
-    report: Report,
-    patches: dict[str, Any],
-) -> Launcher:
-    threaded = state.convention if analysis.timestep is not None else None
-    kernel = state.options.kernel
-    rewritten = manager.apply(analysis, threaded, kinds=_kinds(analysis, state), kernel=kernel)
+    state: ModelState,
+) -> Launcher | None:
+    """Analyse, report, rewrite; the launcher has no compiled graph yet."""
+    strict = state.options.strict
+    look = partial(_analyse, gm, state, root, strict=strict)
+    analysis = attempt(look, _nothing, "this graph", strict=strict)
+    if analysis is None:
+        return None
+    state.saw_video |= shows_video(analysis)
+    if not analysis.candidates:
+        return None
+    rewritten = _replace(analysis, state) if analysis.targets else None
+    report = _report(analysis, state, hooked=_takes_hook(root))
+    record(report)
+    _check(report, state.options)
+    _guard(analysis, example_inputs, state)
+    if rewritten is None:
+        return None
     timestep = analysis.timestep if rewritten.returns_rows else None
     launcher = Launcher(rewritten, analysis.program, state, timestep, report)
     weights = [example_inputs[t.weight.position] for t in analysis.targets if t.weight]
@@ -233,14 +275,20 @@ def _compile(
         if root.args is not None:
             state.observe(root.args, root.kwargs)
     report.attach(state)
-    structure = repr([state.structure, report.kernels])
+    return launcher
+
+
+def _compile(
+    launcher: Launcher, example_inputs: Sequence[Any], patches: dict[str, Any]
+) -> Launcher:
+    structure = repr([launcher.structure, launcher.report.kernels])
     user_hook = patches.get(HOOK, getattr(inductor_config, HOOK))
     patches = {**patches, HOOK: CacheKey(structure, user_hook)}
     fake_mode = TracingContext.get().fake_mode
     assert fake_mode is not None
     try:
         launcher.compiled = inductor(
-            rewritten.module,
+            launcher.rewritten.module,
             [*example_inputs, *launcher.example_inputs(fake_mode)],
             config_patches=patches,
         )

@@ -7,7 +7,9 @@ policy is used.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -25,7 +27,17 @@ class Family:
     policy: str = "generic"
 
 
-FAMILIES: dict[str, Family] = {
+def _cosmos(model: nn.Module) -> Family:
+    """One class serves two conventions, and its config tells them apart.
+
+    Version 1, the one with learnable positions, is given ln(sigma) / 4 by its EDM scheduler;
+    versions 2 and 2.5 are given sigma / (1 + sigma), or the sigma of flow matching.
+    """
+    learnable = getattr(getattr(model, "config", None), "extra_pos_embed_type", None)
+    return Family("log-sigma" if learnable == "learnable" else "unit")
+
+
+FAMILIES: dict[str, Family | Callable[[nn.Module], Family]] = {
     "Wan": Family("flow"),
     "SkyReelsV2": Family("flow"),
     "ChronoEdit": Family("flow"),
@@ -41,16 +53,15 @@ FAMILIES: dict[str, Family] = {
     "EasyAnimate": Family("flow"),
     "Latte": Family("flow"),
     "SanaVideo": Family("flow"),
+    "SanaWM": Family("flow"),
+    "CosmosTransformer": _cosmos,
+    "Cosmos3": Family("flow"),
     "Kandinsky5": Family("flow"),
     "Kandinsky6": Family("flow"),
     "MotifVideo": Family("flow"),
     "JoyImageEdit": Family("flow"),
 }
-"""Families by the beginning of their transformers' class names.
-
-Cosmos is not among them: one class is given ln(sigma) / 4 in version 1 (`log-sigma`) and a level
-from 0 to 1 in version 2 (`unit`).
-"""
+"""Families by the beginning of their transformers' class names."""
 
 
 def family_of(model: nn.Module | None) -> Family | None:
@@ -58,5 +69,5 @@ def family_of(model: nn.Module | None) -> Family | None:
     for cls in type(model).__mro__ if model is not None else ():
         for prefix, family in FAMILIES.items():
             if cls.__name__.startswith(prefix):
-                return family
+                return family if isinstance(family, Family) else family(cast(nn.Module, model))
     return None

@@ -104,11 +104,22 @@ def padded_work(grid: Sequence[int], tile: Sequence[int], block: int = BLOCK) ->
     return (tile_grid(g, s).tokens * block / g.tokens) ** 2
 
 
+def spread(tile: Sequence[int]) -> float:
+    """How far a tile is from compact: what it visits to see `REACH` tokens in every direction from
+    each of its own, a box of (t + 2 REACH)(y + 2 REACH)(x + 2 REACH), as a multiple of what a cube
+    of as many tokens would visit. 1 is a cube."""
+    s = _tile(tile)
+    return _reach(s) / (s.tokens ** (1 / 3) + 2 * REACH) ** 3
+
+
+def _reach(tile: TileShape) -> int:
+    return (tile.t + 2 * REACH) * (tile.y + 2 * REACH) * (tile.x + 2 * REACH)
+
+
 @functools.lru_cache(maxsize=1024)
 def _plan_tile(grid: TokenGrid, block: int) -> TileShape:
-    # The cost is the work of a query that must see REACH tokens in every direction: a tile of
-    # (t, y, x) then has to visit a box of (t + 2 REACH)(y + 2 REACH)(x + 2 REACH) tokens, so that
-    # among tiles that pad alike the compact one wins, and a long thin one only if it saves much.
+    # The cost is the work of a query that must see REACH tokens in every direction, so that among
+    # tiles that pad alike the compact one wins, and a long thin one only if it saves much.
     shapes = list(_shapes(grid, block))
     limit = max(
         MAX_TILE_RATIO * -(-grid.tokens // block), min(tile_grid(grid, s).tokens for s in shapes)
@@ -116,8 +127,7 @@ def _plan_tile(grid: TokenGrid, block: int) -> TileShape:
 
     def cost(s: TileShape) -> tuple[int, int, TileShape]:
         tiles = tile_grid(grid, s).tokens
-        reach = (s.t + 2 * REACH) * (s.y + 2 * REACH) * (s.x + 2 * REACH)
-        return tiles * tiles * reach, tiles, s
+        return tiles * tiles * _reach(s), tiles, s
 
     return min((s for s in shapes if tile_grid(grid, s).tokens <= limit), key=cost)
 

@@ -61,7 +61,7 @@ class Launcher:
         self.state = state
         self.report = report
         self._chosen = state.chosen
-        self._structure = state.structure
+        self.structure = state.structure
         self.compiled: Callable[..., Any] | None = None
         placeholders = program.placeholders
         self._timestep = placeholders.index(timestep) if timestep is not None else None
@@ -80,12 +80,12 @@ class Launcher:
     def __call__(self, *args: Any) -> Any:
         assert self.compiled is not None
         state = self._state(args)
-        if state.structure != self._structure:
+        if state.structure != self.structure:
             raise StructureError(
-                f"fpsattn: this code was compiled for {self._structure}, and the policy of the "
+                f"fpsattn: this code was compiled for {self.structure}, and the policy of the "
                 f"model now has {state.structure}; torch._dynamo.reset() compiles it again"
             )
-        outputs = self.compiled(*args, *self._extra(state, args))
+        outputs = self.compiled(*args, *self._tables(state, args))
         if self.rewritten.returns_rows:
             *outputs, rows = outputs
             assert self._timestep is not None
@@ -159,7 +159,7 @@ class Launcher:
         if state is None:
             own = self.state
             # `set_policy` may have given the other model a policy that this code is not for.
-            chosen = own.chosen if own.structure == self._structure else self._chosen
+            chosen = own.chosen if own.structure == self.structure else self._chosen
             state = ModelState(root.module, chosen, own.options, own.convention)
             runtime.remember_root(root.module, state)
         runtime.remember(weights, state)
@@ -170,7 +170,11 @@ class Launcher:
                 state.observe(root.args, root.kwargs)
         return state
 
-    def _extra(self, state: ModelState, args: Sequence[Any]) -> list[Tensor]:
+    def tables(self, args: Sequence[Any]) -> list[Tensor]:
+        """The inputs that are appended for a call with these arguments."""
+        return self._tables(self._state(args), args)
+
+    def _tables(self, state: ModelState, args: Sequence[Any]) -> list[Tensor]:
         bound = self._bind(state, args)
         table = state.table(self._heads, self._device)
         tensors = {"edges": table.edges, "cells": bound.cells, "modes": table.modes}

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 from fpsc.kernels.kinds import ALL_CELLS
+from fpsc.passes.attempt import attempt
+from fpsc.passes.calls import AttentionCall
 from fpsc.passes.graph import Program, example, module_path, product
 from fpsc.passes.infer_grid import Found, Hints, Unfit, infer_grid
 from fpsc.passes.match import Candidate, Role, match
@@ -53,6 +55,10 @@ class Analysis:
     def targets(self) -> list[Target]:
         return [d for d in self.decisions if isinstance(d, Target)]
 
+    def leave(self, reason: str) -> None:
+        """Leave every target dense."""
+        self.decisions = [reason if isinstance(d, Target) else d for d in self.decisions]
+
     @property
     def queries(self) -> list[torch.Tensor]:
         """Example of the queries of every target."""
@@ -65,6 +71,8 @@ def analyse(
     limits: Limits | None = None,
     argument_names: Sequence[str] = (),
     timestep: str | None = None,
+    *,
+    strict: bool = True,
 ) -> Analysis:
     """Find and classify every attention of a graph; changes nothing.
 
@@ -74,8 +82,29 @@ def analyse(
         limits: what may be replaced.
         argument_names: positional arguments of the compiled module, without `self`.
         timestep: name of the argument that holds the timestep, where the user states it.
+        strict: an error of ours is raised. Else what it met stays dense with the reason: one
+            attention where it was read, all of them later on.
     """
-    program, calls = normalise(module)
+    program, calls = normalise(module, strict=strict)
+
+    def judge() -> Analysis:
+        return _judge(program, calls, hints, limits, argument_names, timestep)
+
+    def give_up(reason: str) -> Analysis:
+        candidates = [Candidate(c, Role.OTHER, reason=c.unsupported or reason) for c in calls]
+        return Analysis(program, candidates, [c.reason for c in candidates], None)
+
+    return attempt(judge, give_up, "this graph", strict=strict)
+
+
+def _judge(
+    program: Program,
+    calls: list[AttentionCall],
+    hints: Hints | None,
+    limits: Limits | None,
+    argument_names: Sequence[str],
+    timestep: str | None,
+) -> Analysis:
     candidates = match(program, calls)
     grids = infer_grid(program, candidates, hints or Hints())
     candidates = [

@@ -89,6 +89,8 @@ def levels(sampling: Sampling) -> tuple[float, ...]:
 
 @lru_cache(maxsize=32)
 def _levels(name: str, steps: int, shift: float | None, sigmas: str) -> tuple[float, ...]:
+    if sigmas == "linear-quadratic":
+        return _linear_quadratic(steps)
     import diffusers  # takes a second, and only policies by steps or percent need it
 
     settings: dict[str, Any]
@@ -108,6 +110,19 @@ def _levels(name: str, steps: int, shift: float | None, sigmas: str) -> tuple[fl
     else:
         scheduler.set_timesteps(steps)
     return tuple(min(float(t) / 1000, 1.0) for t in scheduler.timesteps)
+
+
+def _linear_quadratic(steps: int) -> tuple[float, ...]:
+    """The levels of Mochi (pipeline_mochi.py, linear_quadratic_schedule): the first half of the
+    steps goes from 1 to 0.975 in equal steps, the second half on to 0, faster and faster."""
+    half, threshold = steps // 2, 0.025
+    if half == 0:
+        return (1.0,) * steps
+    rest, slope = steps - half, threshold / half
+    # The parabola through the end of the line, with its slope, that ends at 1.
+    bend = (half - threshold * steps) / (half * rest**2)
+    clean = [slope * i + (bend * (i - half) ** 2 if i > half else 0.0) for i in range(steps)]
+    return tuple(1.0 - c for c in clean)
 
 
 def step_range(value: StepRange | PercentRange, steps: int) -> StepRange:

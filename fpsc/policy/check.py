@@ -234,12 +234,13 @@ def _row_conflicts(spec: PolicySpec) -> Iterator[Conflict]:
 
 def mode_conflicts(mode: Mode) -> Iterator[Conflict]:
     """What does not go together in one mode, with the key inside it."""
-    needs = {"window": "window", "near": "keep", "radial": "keep", "explicit": "offsets"}
+    needs = {"window": "window", "near": "keep", "radial": "keep"}
     owners = {
         "keep": ("near", "radial", "frame", "column"),
         "window": ("window",),
         "weights": ("near",),
         "offsets": ("explicit",),
+        "lists": ("explicit",),
     }
     kind = mode.pattern or "dense"
     if mode.window is not None and mode.keep is not None:
@@ -253,6 +254,8 @@ def mode_conflicts(mode: Mode) -> Iterator[Conflict]:
             yield (key,), f"needs a pattern; add pattern: {either(patterns)}"
         else:
             yield (key,), f"belongs to pattern {either(patterns)}, not to {kind}; remove it"
+    if kind == "explicit" and (mode.offsets is None) == (mode.lists is None):
+        yield ("pattern",), "explicit needs offsets (the same for all tiles) or lists, one of both"
     need = needs.get(kind)
     if need and getattr(mode, need) is None:
         description = type(mode).model_fields[need].description

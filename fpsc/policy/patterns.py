@@ -30,6 +30,11 @@ class Pattern(NamedTuple):
     window: tuple[int, int, int] | None = None
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     offsets: tuple[tuple[int, int, int], ...] = ()
+    lists: tuple[tuple[int, ...], ...] = ()
+
+
+class PatternError(ValueError):
+    """A pattern that does not fit the grid of a video."""
 
 
 def pattern_of(mode: Mode) -> Pattern:
@@ -37,9 +42,8 @@ def pattern_of(mode: Mode) -> Pattern:
     kind = mode.pattern or "dense"
     if kind == "dense" or mode.keep == 1:
         return Pattern("dense")
-    return Pattern(
-        kind, mode.keep, mode.window, mode.weights or (1.0, 1.0, 1.0), mode.offsets or ()
-    )
+    weights = mode.weights or (1.0, 1.0, 1.0)
+    return Pattern(kind, mode.keep, mode.window, weights, mode.offsets or (), mode.lists or ())
 
 
 def lists(mode: Mode | Pattern, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +52,10 @@ def lists(mode: Mode | Pattern, layout: Layout) -> tuple[torch.Tensor, torch.Ten
     Returns:
         (ptr, idx), int32 on the CPU: query tile u sees idx[ptr[u]:ptr[u + 1]], sorted ascending,
         so that neighbours form runs.
+
+    Raises:
+        PatternError: the pattern lists the tiles of another grid.
+        ValueError: so many entries that int32 cannot count them.
     """
     pattern = pattern_of(mode) if isinstance(mode, Mode) else mode
     video, n = layout.video_tiles, layout.n_tiles
@@ -119,6 +127,8 @@ def fraction(pattern: Pattern, tiles: TokenGrid) -> float:
         case "window":
             assert pattern.window is not None
             return math.prod(map(min, tiles, pattern.window)) / n
+        case "explicit" if pattern.lists:
+            return sum(map(len, pattern.lists)) / len(pattern.lists) ** 2
         case "explicit":  # for each offset, the queries that have such a neighbour
             offsets = {(0, 0, 0), *pattern.offsets}
             pairs = ([max(0, s - abs(d)) for s, d in zip(tiles, o, strict=True)] for o in offsets)
@@ -176,7 +186,9 @@ def _window(pattern: Pattern, tiles: TokenGrid, slab: int) -> Array:
 
 
 def _explicit(pattern: Pattern, tiles: TokenGrid, slab: int) -> Array:
-    """The tile itself and the listed offsets from it that lie inside the grid."""
+    """The tile itself and what is listed: tiles, or offsets from it that lie inside the grid."""
+    if pattern.lists:
+        return _listed(pattern, tiles, slab)
     seen = np.zeros((tiles.y, tiles.x, *tiles), bool)
     y, x = np.indices((tiles.y, tiles.x))
     for dt, dy, dx in ((0, 0, 0), *pattern.offsets):
@@ -185,6 +197,20 @@ def _explicit(pattern: Pattern, tiles: TokenGrid, slab: int) -> Array:
         if 0 <= slab + dt < tiles.t:
             seen[y[inside], x[inside], slab + dt, ky[inside], kx[inside]] = True
     return seen.reshape(tiles.y * tiles.x, tiles.tokens)
+
+
+def _listed(pattern: Pattern, tiles: TokenGrid, slab: int) -> Array:
+    if len(pattern.lists) != tiles.tokens:
+        t, y, x = tiles
+        raise PatternError(
+            f"{len(pattern.lists)} lists, for as many tiles; this video has {t} x {y} x {x} = "
+            f"{tiles.tokens}"
+        )
+    per_slab = tiles.y * tiles.x
+    seen = np.zeros((per_slab, tiles.tokens), bool)
+    for row, keys in zip(seen, pattern.lists[slab * per_slab :], strict=False):
+        row[list(keys)] = True
+    return seen
 
 
 Set = Callable[[Pattern, TokenGrid, int], Array]

@@ -17,8 +17,8 @@ import torch
 
 from ..grid import BLOCK, Layout, TileShape, TokenGrid, from_numpy, tile_grid
 from .load import Policy
-from .patterns import Pattern, fraction, lists, pattern_of
-from .schema import MODES, ROWS, Mode
+from .patterns import Pattern, PatternError, fraction, lists, pattern_of
+from .schema import MODES, ROWS
 from .tables import NO_CHOICE
 from .values import NoiseRange, QKScales, Span
 
@@ -50,6 +50,19 @@ NOMINAL_GRID = (21, 45, 80)
 """Where nothing names a grid, rows are compared by their keep on this one (Wan2.1 at 720p)."""
 
 DTYPES = {"bf16": 0, "fp8": 1}
+
+Grouping = tuple[int, int, int] | Literal["head"]
+"""Which tiles share a scale: boxes of tiles (t, y, x), or all of the video."""
+
+GRANULARITIES: dict[str, Grouping] = {
+    "tile": (1, 1, 1),
+    "fine": (1, 1, 1),
+    "intermediate": (2, 2, 2),
+    "coarse": (4, 4, 4),
+    "head": "head",
+}
+"""The groupings that have names. FPSAttention (arXiv 2506.04648) quantises in coarse, fine and
+intermediate granularity in the course of sampling and publishes no sizes: these are our choice."""
 
 
 class Cell(NamedTuple):
@@ -127,6 +140,36 @@ class Table:
         name = self.mode_names[int(self.cells[layer, row, head])]
         return Cell(name, self.noise_ranges[row], self.policy.where(place))
 
+    def lines(self, row: int, layer: int, head: int) -> list[Cell]:
+        """Whatever covers a cell: its phase, its choice in the policy's own table, its rules. The
+        last one wins; it is what `describe` gives.
+
+        Raises:
+            IndexError: there is no such row, layer or head.
+        """
+        self.describe(row, layer, head)  # checks the indices
+        noise, policy = self.noise_ranges[row], self.policy
+
+        def covers(range_: NoiseRange | None) -> bool:
+            return bool(_rows([noise], range_))
+
+        found: list[tuple[str, tuple[str | int, ...]]] = [
+            (phase.use, ("schedule", i))
+            for i, phase in enumerate(policy.schedule)
+            if covers(phase.noise)
+        ]
+        if policy.table is not None:
+            choices = policy.table
+            for range_, cells in zip(choices.noise, choices.cells[:, layer, head], strict=True):
+                if covers(range_) and cells != NO_CHOICE:
+                    found.append((choices.modes[cells], ("table",)))
+        found += [
+            (rule.use, ("except", i))
+            for i, rule in enumerate(policy.rules)
+            if covers(rule.noise) and _covers(rule.layers, layer) and _covers(rule.heads, head)
+        ]
+        return [Cell(use, noise, policy.where(place)) for use, place in found]
+
     def keep(self, plan: Plan) -> list[float]:
         """Mean keep of every real row on a plan's grid, over layers and heads."""
         return _row_means(self.cells[:, : self.n_rows].numpy(), plan.keep.numpy())
@@ -195,7 +238,8 @@ def resolve(policy: Policy, *, layers: int, heads: int, fp8: bool) -> Table:
     groupings = _groupings(policy)
     modes = np.zeros((MODES, 3), np.int32)
     for i, mode in enumerate(policy.modes.values()):
-        pattern, grouping = patterns.index(pattern_of(mode)), groupings.index(_grouping_of(mode))
+        pattern = patterns.index(pattern_of(mode))
+        grouping = groupings.index(_grouping(mode.scales.qk))
         modes[i] = pattern, DTYPES[mode.dtype] if fp8 else 0, grouping
 
     levels = policy.edges
@@ -236,10 +280,11 @@ def plan(policy: Policy, layout: Layout) -> Plan:
     `limits.min_tokens` is the caller's to apply: a plan of a short sequence is an ordinary plan.
 
     Raises:
+        PolicyError: a mode lists the tiles of another grid.
         ValueError: the sequence is so long that the lists overflow int32 offsets.
     """
     patterns = _patterns(policy)
-    pairs = [lists(pattern, layout) for pattern in patterns]
+    pairs = [_lists(policy, pattern, layout) for pattern in patterns]
     lengths = [len(idx) for _, idx in pairs]
     if sum(lengths) > np.iinfo(np.int32).max:
         raise ValueError(f"the lists hold {sum(lengths)} entries, more than int32 offsets count")
@@ -285,15 +330,12 @@ def transposed(ptr: np.ndarray, idx: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return back_ptr.astype(np.int32), back_idx.astype(np.int32)
 
 
-def groups_of(grouping: QKScales, layout: Layout) -> np.ndarray:
+def groups_of(qk: QKScales, layout: Layout) -> np.ndarray:
     """int32 [n_tiles]: the first tile of every tile's group. Text tiles are groups of their own."""
-    groups = np.arange(layout.n_tiles, dtype=np.int32)
-    if grouping == "tile":
-        return groups
-    tiles = layout.tile_grid
+    grouping, tiles, video = _grouping(qk), layout.tile_grid, layout.video_tiles
     box = tiles if grouping == "head" else grouping
     t, y, x = (n - n % size for n, size in zip(np.indices(tiles), box, strict=True))
-    video = layout.video_tiles
+    groups = np.arange(layout.n_tiles, dtype=np.int32)
     groups[video.start : video.stop] = video.start + ((t * tiles.y + y) * tiles.x + x).ravel()
     return groups
 
@@ -303,19 +345,27 @@ def _padded(array: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])
 
 
-def _grouping_of(mode: Mode) -> QKScales:
-    """How the tiles of a mode share scales; equal groupings share their groups."""
-    return "tile" if mode.scales.qk == (1, 1, 1) else mode.scales.qk
+def _grouping(qk: QKScales) -> Grouping:
+    return GRANULARITIES[qk] if isinstance(qk, str) else qk
 
 
-def _groupings(policy: Policy) -> list[QKScales]:
+def _groupings(policy: Policy) -> list[Grouping]:
     """The distinct groupings of a policy's modes in order, that of single tiles first."""
-    return list(dict.fromkeys(["tile", *map(_grouping_of, policy.modes.values())]))
+    used = (_grouping(mode.scales.qk) for mode in policy.modes.values())
+    return list(dict.fromkeys([GRANULARITIES["tile"], *used]))
 
 
 def _patterns(policy: Policy) -> list[Pattern]:
     """The distinct patterns of a policy's modes, in order."""
     return list(dict.fromkeys(map(pattern_of, policy.modes.values())))
+
+
+def _lists(policy: Policy, pattern: Pattern, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return lists(pattern, layout)
+    except PatternError as e:
+        name = next(n for n, mode in policy.modes.items() if pattern_of(mode) == pattern)
+        raise policy.error(("modes", name, "lists"), str(e)) from None
 
 
 def _keep(ptr: torch.Tensor, layout: Layout) -> float:
@@ -347,6 +397,10 @@ def _rows(ranges: Sequence[NoiseRange], noise: NoiseRange | None) -> list[int]:
     if noise is None:
         return list(range(len(ranges)))
     return [i for i, row in enumerate(ranges) if noise.hi >= row.hi and row.lo >= noise.lo]
+
+
+def _covers(spans: Sequence[Span] | None, number: int) -> bool:
+    return spans is None or any(span.first <= number <= span.last for span in spans)
 
 
 def _choose(policy: Policy, winners: np.ndarray, ranges: Sequence[NoiseRange]) -> None:

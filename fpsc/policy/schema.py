@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ..grid import BLOCK
 from .values import (
     Grid,
+    Lists,
     Noise,
     NoiseRange,
     Offsets,
@@ -59,8 +60,9 @@ class Scales(Spec):
 
     qk: QKScales = Field(
         default="tile",
-        description="tile (one scale of Q and K for each tile), head (one for all tiles of the "
-        "video), or a box of tiles [t, y, x] that share one",
+        description="tile (one scale of Q and K for each tile; fine is the same), intermediate "
+        "(for 2 x 2 x 2 tiles), coarse (4 x 4 x 4), head (all of the video), or a box of tiles "
+        "[t, y, x]",
     )
     v: Literal["channel"] = Field(
         default="channel", description="channel (one scale for each channel)"
@@ -91,6 +93,11 @@ class Mode(Spec):
     )
     offsets: Offsets | None = Field(
         default=None, description="a list of tile offsets [t, y, x], whole numbers"
+    )
+    lists: Lists | None = Field(
+        default=None,
+        description="for each tile of the video a list of the tiles that it sees, counted from 0, "
+        "x fastest",
     )
     dtype: Literal["bf16", "fp8"] = Field(
         default="bf16", description="bf16 (not quantised: computed in the input's dtype) or fp8"
@@ -146,10 +153,11 @@ class Sampling(Spec):
     shift: float | None = Field(
         default=None, gt=0, le=100, description="a number above 0 and at most 100, the flow's shift"
     )
-    sigmas: Literal["scheduler", "uniform"] = Field(
+    sigmas: Literal["scheduler", "uniform", "linear-quadratic"] = Field(
         default="scheduler",
-        description="scheduler (it spaces its levels itself) or uniform (from 1 to 1 / steps, as "
-        "the pipelines of HunyuanVideo and LTX hand them over)",
+        description="scheduler (it spaces its levels itself), uniform (from 1 to 1 / steps, as "
+        "the pipelines of HunyuanVideo and LTX hand them over) or linear-quadratic (as that of "
+        "Mochi does)",
     )
 
 

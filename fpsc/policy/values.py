@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import PlainValidator, WithJsonSchema
 
@@ -12,6 +12,9 @@ from ..grid import BLOCK, TileShape, TokenGrid
 from .errors import shown
 
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
+
+QKNames = Literal["tile", "fine", "intermediate", "coarse", "head"]
+"""How many tiles share a scale of Q and K, by name; `fine` is `tile`."""
 
 Number = TypeVar("Number", int, float)
 
@@ -142,8 +145,8 @@ def _tile(value: Any) -> TileShape | Literal["auto"]:
     return tile
 
 
-def _qk_scales(value: Any) -> tuple[int, int, int] | Literal["tile", "head"]:
-    return value if value in ("tile", "head") else _triple(value)
+def _qk_scales(value: Any) -> QKNames | tuple[int, int, int]:
+    return value if value in get_args(QKNames) else _triple(value)
 
 
 def _offsets(value: Any) -> tuple[tuple[int, int, int], ...]:
@@ -157,6 +160,20 @@ def _offsets(value: Any) -> tuple[tuple[int, int, int], ...]:
     if not good:
         raise TypeError
     return tuple((t, y, x) for t, y, x in value)
+
+
+def _lists(value: Any) -> tuple[tuple[int, ...], ...]:
+    good = isinstance(value, list) and value and all(isinstance(keys, list) for keys in value)
+    if not good or not all(type(key) is int for keys in value for key in keys):
+        raise TypeError
+    for tile, keys in enumerate(value):
+        for key in keys:
+            if not 0 <= key < len(value):
+                raise ValueError(
+                    f"list {tile} names tile {key}; {len(value)} lists are for tiles "
+                    f"0..{len(value) - 1}"
+                )
+    return tuple(tuple(sorted({tile, *keys})) for tile, keys in enumerate(value))
 
 
 def _weights(value: Any) -> tuple[float, float, float]:
@@ -196,12 +213,14 @@ _TILE = WithJsonSchema(
 _QK_SCALES = WithJsonSchema(
     {
         "anyOf": [
-            {"enum": ["tile", "head"]},
+            {"enum": list(get_args(QKNames))},
             _TRIPLE | {"items": {"type": "integer", "minimum": 1}},
         ]
     }
 )
 _OFFSETS = WithJsonSchema({"type": "array", "minItems": 1, "items": _OFFSET})
+_KEYS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_LISTS = WithJsonSchema({"type": "array", "minItems": 1, "items": _KEYS})
 _WEIGHTS = WithJsonSchema(
     _TRIPLE | {"items": {"type": "number", "minimum": MIN_WEIGHT, "maximum": MAX_WEIGHT}}
 )
@@ -213,8 +232,7 @@ Spans = Annotated[tuple[Span, ...], _reader(_spans), _SPANS]
 Grid = Annotated[TokenGrid, _reader(_grid), _SIZES]
 Window = Annotated[tuple[int, int, int], _reader(_triple), _SIZES]
 Tile = Annotated[TileShape | Literal["auto"], _reader(_tile), _TILE]
-QKScales = Annotated[
-    tuple[int, int, int] | Literal["tile", "head"], _reader(_qk_scales), _QK_SCALES
-]
+QKScales = Annotated[QKNames | tuple[int, int, int], _reader(_qk_scales), _QK_SCALES]
 Offsets = Annotated[tuple[tuple[int, int, int], ...], _reader(_offsets), _OFFSETS]
+Lists = Annotated[tuple[tuple[int, ...], ...], _reader(_lists), _LISTS]
 Weights = Annotated[tuple[float, float, float], _reader(_weights), _WEIGHTS]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpsc.grid import BLOCK, Layout, TokenGrid, layout
-from fpsc.policy.patterns import Pattern, fraction, lists, pattern_of, wanted
+from fpsc.policy.patterns import Pattern, PatternError, fraction, lists, pattern_of, wanted
 from fpsc.policy.schema import Mode
 
 small = st.integers(1, 7)
@@ -136,6 +138,26 @@ def test_an_order_is_symmetric_in_the_middle(kind: str, count: int) -> None:
     assert all(d < (0, 0, 0) for d in lone)
 
 
+@given(triples, keeps, weights)
+@settings(max_examples=30)
+def test_near_is_symmetric_where_nothing_lies_outside(tiles, keep, weights) -> None:
+    """With an odd count, two tiles whose own neighbours all lie inside see each other or not."""
+    count = wanted(Pattern("near", keep), TokenGrid(*tiles)) | 1
+    n = np.prod(tiles)
+    if count > n:
+        return
+    seen = video(Pattern("near", count / n, weights=weights), tiles)
+    # Their offsets are those of an endless grid: what the middle of a large one sees.
+    wide = tuple(2 * s + 1 for s in tiles)
+    middle = offsets_seen(
+        video(Pattern("near", count / np.prod(wide), weights=weights), wide), tiles
+    )
+    inside = [q for q in np.ndindex(tiles) if offsets_seen(seen, q) == middle]
+    for q in inside:
+        for k in inside:
+            assert seen[q][k] == seen[k][q]
+
+
 @given(triples, triples.map(lambda w: tuple(n | 1 for n in w)))
 @settings(max_examples=40)
 def test_an_odd_window_is_symmetric_in_the_middle(tiles, window) -> None:
@@ -234,6 +256,21 @@ def test_explicit_is_clipped_at_the_borders() -> None:
     seen = video(Pattern("explicit", offsets=((0, 0, 1), (9, 0, 0))), (2, 2, 3))
     assert offsets_seen(seen, (0, 0, 0)) == {(0, 0, 0), (0, 0, 1)}
     assert offsets_seen(seen, (0, 0, 2)) == {(0, 0, 0)}
+
+
+def test_explicit_lists_are_what_is_seen_and_the_tile_itself() -> None:
+    mode = Mode(pattern="explicit", lists=[[1], [], [0, 2, 2], [3], [4, 0], [5]])
+    lay = layout((2, 6, 12), (2, 3, 4))  # 1 x 2 x 3 tiles
+    ptr, idx = lists(mode, lay)
+    assert [idx[a:b].tolist() for a, b in pairwise(ptr)] == [[0, 1], [1], [0, 2], [3], [0, 4], [5]]
+    assert fraction(pattern_of(mode), lay.tile_grid) == pytest.approx(9 / 36)
+
+
+def test_explicit_lists_of_another_grid_are_refused() -> None:
+    with pytest.raises(
+        PatternError, match=r"^2 lists, for as many tiles; this video has 3 x 1 x 1"
+    ):
+        lists(Pattern("explicit", lists=((0,), (1,))), layout((6, 3, 4), (2, 3, 4)))
 
 
 def test_equal_modes_share_a_pattern() -> None:

@@ -371,6 +371,31 @@ def test_modes_share_scales_as_the_policy_says() -> None:
     assert (groups[4:] == groups[3]).all(), "padding repeats the last grouping"
 
 
+def test_granularities_by_name_are_boxes_of_tiles() -> None:
+    sizes = {"fine": "tile", "intermediate": [2, 2, 2], "coarse": [4, 4, 4]}
+    modes = {}
+    for name, box in sizes.items():
+        modes[name] = {"dtype": "fp8", "scales": {"qk": name}}
+        modes[f"{name}-box"] = {"dtype": "fp8", "scales": {"qk": box}}
+    p = Policy.from_dict(
+        {"fpsc": 1, "modes": modes, "schedule": [{"noise": "1..0", "use": "fine"}]}
+    )
+    table = resolve(p, layers=1, heads=1, fp8=True)
+    assert table.modes[: len(modes), 2].tolist() == [0, 0, 1, 1, 2, 2]
+    groups = plan(p, layout((7, 40, 60), (2, 5, 6))).groups  # 4 x 8 x 10 tiles
+    assert [len(row.unique()) for row in groups[:3]] == [320, 2 * 4 * 5, 1 * 2 * 3]
+
+
+def test_lists_of_another_grid_are_refused_with_their_line(tmp_path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "fpsc: 1\nmodes:\n  own: {pattern: explicit, lists: [[0], [1]]}\n"
+        "schedule:\n  - {noise: 1..0, use: own}\n"
+    )
+    with pytest.raises(PolicyError, match=r"p\.yaml:3:35: modes\.own\.lists: 2 lists, for as many"):
+        plan(Policy.load(path), layout((7, 20, 30), (2, 5, 6)))
+
+
 def test_as_many_groupings_as_modes() -> None:
     modes = {f"m{i}": {"dtype": "fp8", "scales": {"qk": [1, 1, 2 + i]}} for i in range(MODES)}
     p = Policy.from_dict({"fpsc": 1, "modes": modes, "schedule": [{"noise": "1..0", "use": "m0"}]})
