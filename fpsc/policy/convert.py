@@ -34,7 +34,7 @@ _KEY = re.compile(r"(\d{1,4})_(\d{1,4})_(\d{1,4})")
 
 @dataclass(frozen=True)
 class Converted:
-    """A policy's text, and the table that it names, if it needs one: arguments of `tables.write`."""
+    """A policy's text, and the table that it names, if it needs one (see `tables.write`)."""
 
     text: str
     edges: list[float] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import diffusers
@@ -45,7 +46,7 @@ def test_every_step_gets_its_mode(name: str, steps: int) -> None:
     scheduler = getattr(diffusers, name)(**SCHEDULERS[name], **settings)
     scheduler.set_timesteps(steps)
     cuts = [0, 1, steps // 2, steps]
-    ranges = [f"{a}..{b}" for a, b in zip(cuts, cuts[1:], strict=False)]
+    ranges = [f"{a}..{b}" for a, b in pairwise(cuts)]
     table = resolve(policy("steps", ranges, sampling(name, steps)), layers=1, heads=1, fp8=False)
     for step, timestep in enumerate(scheduler.timesteps.tolist()):
         expected = sum(step >= cut for cut in cuts[1:])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -159,6 +159,7 @@ def test_choices_win_over_the_schedule_and_rules_over_choices(tmp_path: Path) ->
         resolve(policy, layers=3, heads=4, fp8=True)
 
 
+@settings(max_examples=30)
 @given(data=st.data())
 def test_every_cell_is_the_tables_choice_or_the_schedules(data: st.DataObject, tmp_path_factory):
     folder = tmp_path_factory.mktemp("t")
@@ -314,6 +315,7 @@ def test_a_preset_keeps_every_byte_but_the_change(name: str) -> None:
     ]
 
 
+@settings(max_examples=30)
 @given(
     spaces=st.lists(st.integers(1, 4), min_size=12, max_size=12),
     keep=st.integers(1, 99),
