@@ -32,7 +32,7 @@ from fpsc.passes.infer_grid import Hints  # noqa: E402
 from fpsc.passes.thread import argument_name  # noqa: E402
 from fpsc.report import Site, sites_of  # noqa: E402
 from fpsc.roots import argument_names  # noqa: E402
-from tests.families import ELSEWHERE, MODELS, Model  # noqa: E402
+from tests.families import MODELS, Model  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 GRID = (3, 4, 5)
@@ -128,10 +128,9 @@ def row(model: Model) -> str:
 def page() -> str:
     """The whole page."""
     rows = "".join(row(model) for model in MODELS)
-    others = "".join(f"- {name}: {reason}\n" for name, reason in ELSEWHERE.items())
     grid = " x ".join(map(str, GRID))
     header = HEADER.format(version=diffusers.__version__, grid=grid)
-    return f"{header}{rows}\nNot analysed here:\n\n{others}"
+    return f"{header}{rows}"
 
 
 def main() -> int:

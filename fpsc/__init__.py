@@ -14,14 +14,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fpsc.compiling import compile
+    from fpsc.exporting import ExportError, export
     from fpsc.functional import attention
     from fpsc.options import OptionError
     from fpsc.policy import Policy, PolicyError
     from fpsc.report import NothingReplacedWarning, Report, reports
-    from fpsc.runtime import StructureError, set_policy
+    from fpsc.runtime import StructureError, save_policy, set_policy
 
 # Loaded at first use: `fpsc --help` and the entry point must not wait for torch.
 _HOMES = {
+    "ExportError": "fpsc.exporting",
     "NothingReplacedWarning": "fpsc.report",
     "OptionError": "fpsc.options",
     "Policy": "fpsc.policy",
@@ -30,11 +32,14 @@ _HOMES = {
     "StructureError": "fpsc.runtime",
     "attention": "fpsc.functional",
     "compile": "fpsc.compiling",
+    "export": "fpsc.exporting",
     "reports": "fpsc.report",
+    "save_policy": "fpsc.runtime",
     "set_policy": "fpsc.runtime",
 }
 
 __all__ = [
+    "ExportError",
     "NothingReplacedWarning",
     "OptionError",
     "Policy",
@@ -44,7 +49,9 @@ __all__ = [
     "__version__",
     "attention",
     "compile",
+    "export",
     "reports",
+    "save_policy",
     "set_policy",
 ]
 

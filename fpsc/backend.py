@@ -4,6 +4,7 @@ over."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 from warnings import warn
 
@@ -19,16 +20,19 @@ from torch._subclasses.fake_tensor import (
 
 from fpsc import roots, runtime
 from fpsc.cache_key import HOOK, CacheKey
+from fpsc.choice import choose
 from fpsc.families import family_of
+from fpsc.guard import guard_structure
 from fpsc.kernels.kinds import FP8_CELLS
 from fpsc.kernels.select import Choice, fp8_support, select
 from fpsc.launch import Launcher
 from fpsc.options import OptionError, Options, inductor_patches, parse
 from fpsc.passes import manager
+from fpsc.passes.attempt import attempt
 from fpsc.passes.infer_grid import Hints
 from fpsc.passes.manager import Analysis, Limits
 from fpsc.passes.match import Role
-from fpsc.policy import Policy, find
+from fpsc.passes.rewrite import Rewritten
 from fpsc.policy.resolve import kinds_of
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
 from fpsc.roots import RunningModule
@@ -63,21 +67,24 @@ def fpsattn(
         StrictError: with `strict`, a video self-attention was left dense.
     """
     parsed = parse(mode, options)
-    patches = inductor_patches(parsed)
     root = roots.root_for(roots.running_modules())
-    state, origin = _state(root, parsed)
-    analysis = _analyse(gm, state, root)
-    state.saw_video |= shows_video(analysis)
-    if analysis.candidates:
-        report = _report(analysis, state, origin, hooked=_takes_hook(root))
-        record(report)
-        _check(report, parsed)
-    if analysis.targets:
-        return _compile(analysis, example_inputs, state, root, report, patches)
-    compiled = inductor(gm, list(example_inputs), config_patches=patches)
+    state = _state(root, parsed)
+    launcher = _rewrite(gm, example_inputs, root, state)
+    if launcher is not None:
+        return _compile(launcher, example_inputs, inductor_patches(parsed))
+    compiled = inductor(gm, list(example_inputs), config_patches=inductor_patches(parsed))
     if root is None or root.args is None or not takes_video(root.module, root.args, root.kwargs):
         return compiled
     return Watched(compiled, state)
+
+
+def rewrite_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Launcher | None:
+    """What the backend does before it compiles: a rewritten graph, or None where nothing is
+    replaced."""
+    root = roots.root_for(roots.running_modules())
+    return _rewrite(gm, example_inputs, root, _state(root, options))
 
 
 def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) -> Report:
@@ -87,51 +94,61 @@ def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) 
         gm: graph from Dynamo.
         options: as for the backend.
     """
-    state, origin = _state(None, parse(None, options))
-    return _report(_analyse(gm, state, None), state, origin, hooked=True)
+    state = _state(None, parse(None, options))
+    analysis = _analyse(gm, state, None, strict=state.options.strict)
+    return _report(analysis, state, hooked=True)
 
 
-def _state(root: RunningModule | None, options: Options) -> tuple[ModelState, str]:
-    """The state of the model that is compiled, and why it has the policy that it has."""
+def _state(root: RunningModule | None, options: Options) -> ModelState:
+    """The state of the model that is compiled, with the policy that it has or now gets."""
     module = root.module if root else None
     family = family_of(module)
-    if options.policy is not None:
-        policy, origin = find(options.policy), "named in the options"
-    elif family is not None:
-        policy, origin = find(family.policy_for(module)), f"preset for {type(module).__name__}"
-    else:
-        policy, origin = find("generic"), "default"
+    chosen = choose(options, module, family)
     known = runtime.state_of_root(module) if module is not None else None
-    if known is not None and _serves(known, policy, options):
-        if policy.spec != known.loaded.spec:  # the file was edited since
-            known.loaded = policy
-            known.set_policy(policy)
-        return known, origin
+    if known is not None and options == known.options:
+        if chosen.policy.same_as(known.loaded):
+            return known  # what `set_policy` gave it since stays
+        if runtime.structure_of(chosen.policy) == runtime.structure_of(known.policy):
+            known.take(chosen)  # the file was edited since
+            return known
     convention = options.timestep.convention or (family.convention if family else None)
-    state = ModelState(module, policy, options, convention)
+    state = ModelState(module, chosen, options, convention)
     if module is not None:
         if known is not None:
             known.remove_hook()
         runtime.remember_root(module, state)
-    return state, origin
+    return state
 
 
-def _serves(state: ModelState, policy: Policy, options: Options) -> bool:
-    """Whether the state that a model has serves these options too; numbers may differ."""
-    same_structure = runtime.structure_of(policy) == runtime.structure_of(state.policy)
-    return same_structure and options == state.options
+def _nothing(reason: str) -> None:
+    warn(f"fpsattn replaced nothing in this graph: {reason}", NothingReplacedWarning, 2)
 
 
-def _analyse(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) -> Analysis:
+def _analyse(
+    gm: fx.GraphModule, state: ModelState, root: RunningModule | None, *, strict: bool
+) -> Analysis:
     if root is not None and root.args is not None and not root.compiled:
         state.observe(root.args, root.kwargs)
     names = roots.argument_names(root.module) if root else []
     return manager.analyse(
         gm,
         Hints(*state.hints()),
-        Limits(min_tokens=state.policy.limits.min_tokens),
+        Limits(min_tokens=state.policy.limits.min_tokens, roles=state.policy.roles),
         names,
         state.options.timestep.argument,
+        strict=strict,
+    )
+
+
+def _replace(analysis: Analysis, state: ModelState) -> Rewritten | None:
+    """The graph with its sites replaced; None where that fails, and then all of them stay dense."""
+    convention = state.convention if analysis.timestep is not None else None
+    kinds, kernel = _kinds(analysis, state), state.options.kernel
+    return attempt(
+        partial(manager.apply, analysis, convention, kinds=kinds, kernel=kernel),
+        analysis.leave,
+        "this graph",
+        strict=state.options.strict,
     )
 
 
@@ -140,9 +157,10 @@ def _takes_hook(root: RunningModule | None) -> bool:
     return root is not None and not root.compiled
 
 
-def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) -> Report:
+def _report(analysis: Analysis, state: ModelState, hooked: bool) -> Report:
     threaded = analysis.timestep is not None and state.convention is not None
-    notes = list(analysis.warnings)
+    sites = sites_of(analysis)
+    notes = [*analysis.warnings, *state.notes, *runtime.mismatches(state, state.policy, sites)]
     if state.convention is not None and not threaded and not hooked:
         notes.append(
             "the timestep is not a tensor among the inputs of this graph: every forward uses the "
@@ -152,7 +170,9 @@ def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) ->
     elif state.convention is None:
         notes.append(
             "the convention of this model's timestep is not known: every forward uses the policy's "
-            'densest row; state it with options={"timestep": {"convention": "flow"}}'
+            'densest row; state it with options={"timestep": {"convention": ...}}: "flow" for 1000 '
+            'down to 0, "reversed" for 0 up to 1000, "unit" for 1 down to 0, "sigma" for EDM noise '
+            'levels, "log-sigma" for ln(sigma) / 4'
         )
     choices = _choices(analysis, state)
     device = analysis.queries[0].device if analysis.targets else None
@@ -163,8 +183,8 @@ def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) ->
     return Report(
         model=type(module).__name__ if module is not None else "",
         policy=state.policy.name,
-        policy_source=origin,
-        sites=sites_of(analysis),
+        policy_source=state.origin,
+        sites=sites,
         timestep="an input of the graph"
         if threaded
         else "the root module"
@@ -212,17 +232,39 @@ def _check(report: Report, options: Options) -> None:
         warn(f"fpsattn: {note}", UserWarning, 2)
 
 
-def _compile(
-    analysis: Analysis,
+def _guard(analysis: Analysis, example_inputs: Sequence[Any], state: ModelState) -> None:
+    """Have the graph compiled again when the structure of the model's policy changes.
+
+    One that replaces nothing too: another policy may cover what this one leaves dense.
+    """
+    weight = next((w for w in manager.weights_of(analysis) if w is not None), None)
+    if weight is not None:
+        runtime.recognise(example_inputs[weight.position], state)
+        guard_structure(weight.node, state.structure)
+
+
+def _rewrite(
+    gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    state: ModelState,
     root: RunningModule | None,
-    report: Report,
-    patches: dict[str, Any],
-) -> Launcher:
-    threaded = state.convention if analysis.timestep is not None else None
-    kernel = state.options.kernel
-    rewritten = manager.apply(analysis, threaded, kinds=_kinds(analysis, state), kernel=kernel)
+    state: ModelState,
+) -> Launcher | None:
+    """Analyse, report, rewrite; the launcher has no compiled graph yet."""
+    strict = state.options.strict
+    look = partial(_analyse, gm, state, root, strict=strict)
+    analysis = attempt(look, _nothing, "this graph", strict=strict)
+    if analysis is None:
+        return None
+    state.saw_video |= shows_video(analysis)
+    if not analysis.candidates:
+        return None
+    rewritten = _replace(analysis, state) if analysis.targets else None
+    report = _report(analysis, state, hooked=_takes_hook(root))
+    record(report)
+    _check(report, state.options)
+    _guard(analysis, example_inputs, state)
+    if rewritten is None:
+        return None
     timestep = analysis.timestep if rewritten.returns_rows else None
     launcher = Launcher(rewritten, analysis.program, state, timestep, report)
     weights = [example_inputs[t.weight.position] for t in analysis.targets if t.weight]
@@ -233,14 +275,20 @@ def _compile(
         if root.args is not None:
             state.observe(root.args, root.kwargs)
     report.attach(state)
-    structure = repr([*sorted(runtime.structure_of(state.policy).items()), report.kernels])
+    return launcher
+
+
+def _compile(
+    launcher: Launcher, example_inputs: Sequence[Any], patches: dict[str, Any]
+) -> Launcher:
+    structure = repr([launcher.structure, launcher.report.kernels])
     user_hook = patches.get(HOOK, getattr(inductor_config, HOOK))
     patches = {**patches, HOOK: CacheKey(structure, user_hook)}
     fake_mode = TracingContext.get().fake_mode
     assert fake_mode is not None
     try:
         launcher.compiled = inductor(
-            rewritten.module,
+            launcher.rewritten.module,
             [*example_inputs, *launcher.example_inputs(fake_mode)],
             config_patches=patches,
         )

@@ -7,8 +7,9 @@ policy is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -21,23 +22,31 @@ class Family:
         convention: key of `fpsc.kernels.rows.CONVENTIONS`.
         policy: name of the built-in policy that is used when the user names none. It is for
             original weights: whether others were trained for it cannot be seen.
-        by_heads: other built-in policies, for models of that many attention heads.
     """
 
     convention: str
     policy: str = "generic"
-    by_heads: Mapping[int, str] = field(default_factory=dict)
-
-    def policy_for(self, model: nn.Module | None) -> str:
-        """Name of the built-in policy for a model of this family."""
-        config = getattr(model, "config", None)
-        return self.by_heads.get(getattr(config, "num_attention_heads", 0), self.policy)
 
 
-FAMILIES: dict[str, Family] = {
-    # 12 heads: 1.3B; 24: Wan2.2 TI2V-5B. Wan2.2 A14B has the sizes of Wan2.1 14B, whose preset
-    # keeps more steps dense in its sampling than its own would.
-    "Wan": Family("flow", "wan-2.1-14b", {12: "wan-2.1-1.3b", 24: "wan-2.2"}),
+def _wan(model: nn.Module) -> Family:
+    """Wan2.1 1.3B has 12 heads, Wan2.2 TI2V-5B 24. Wan2.2 A14B has the sizes of Wan2.1 14B, whose
+    preset keeps more steps dense in its sampling than its own would."""
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    return Family("flow", {12: "wan-2.1-1.3b", 24: "wan-2.2"}.get(heads or 0, "wan-2.1-14b"))
+
+
+def _cosmos(model: nn.Module) -> Family:
+    """One class serves two conventions, and its config tells them apart.
+
+    Version 1, the one with learnable positions, is given ln(sigma) / 4 by its EDM scheduler;
+    versions 2 and 2.5 are given sigma / (1 + sigma), or the sigma of flow matching.
+    """
+    learnable = getattr(getattr(model, "config", None), "extra_pos_embed_type", None)
+    return Family("log-sigma" if learnable == "learnable" else "unit")
+
+
+FAMILIES: dict[str, Family | Callable[[nn.Module], Family]] = {
+    "Wan": _wan,
     "SkyReelsV2": Family("flow"),
     "ChronoEdit": Family("flow"),
     "AnyFlow": Family("flow"),
@@ -54,16 +63,15 @@ FAMILIES: dict[str, Family] = {
     "EasyAnimate": Family("flow"),
     "Latte": Family("flow"),
     "SanaVideo": Family("flow"),
+    "SanaWM": Family("flow"),
+    "CosmosTransformer": _cosmos,
+    "Cosmos3": Family("flow"),
     "Kandinsky5": Family("flow"),
     "Kandinsky6": Family("flow"),
     "MotifVideo": Family("flow"),
     "JoyImageEdit": Family("flow"),
 }
-"""Families by the beginning of their transformers' class names; the first that fits.
-
-Cosmos is not among them: one class is given ln(sigma) / 4 in version 1 (`log-sigma`) and a level
-from 0 to 1 in version 2 (`unit`).
-"""
+"""Families by the beginning of their transformers' class names; the first that fits."""
 
 
 def family_of(model: nn.Module | None) -> Family | None:
@@ -71,5 +79,5 @@ def family_of(model: nn.Module | None) -> Family | None:
     for cls in type(model).__mro__ if model is not None else ():
         for prefix, family in FAMILIES.items():
             if cls.__name__.startswith(prefix):
-                return family
+                return family if isinstance(family, Family) else family(cast(nn.Module, model))
     return None

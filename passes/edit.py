@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from fpsc.passes.calls import AttentionCall
-from fpsc.passes.graph import example
+from fpsc.passes.graph import example, shape
 
 INSERTED = "fpsc_inserted"
 """Key in the meta of inserted nodes."""
@@ -94,7 +94,10 @@ class Sketch:
             qkv: [B, H, N, D] each.
             restore: inserts what takes [B, H, N, D] back to the layout of `node`.
         """
-        twin = self.call(F.scaled_dot_product_attention, *qkv, mask, dropout, causal, scale=scale)
+        named: dict[str, Any] = {"scale": scale}
+        if (shape(qkv[0]) or [])[1:2] != (shape(qkv[1]) or [])[1:2]:  # grouped heads
+            named["enable_gqa"] = True
+        twin = self.call(F.scaled_dot_product_attention, *qkv, mask, dropout, causal, **named)
         restored = restore(twin)
         expected, found = example(node), example(restored)
         assert isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -44,6 +44,28 @@ _VIEWS = frozenset(
     ]
 )
 _IN_PLACE = frozenset(["copy_", "mul_", "add_", "fill_", "sub_", "div_"])
+_NAMES = {
+    "imul": "mul", "mul_": "mul", "multiply": "mul", "__mul__": "mul",
+    "truediv": "div", "itruediv": "div", "div_": "div", "true_divide": "div",
+    "iadd": "add", "add_": "add", "isub": "sub", "sub_": "sub", "subtract": "sub",
+    "masked_fill_": "masked_fill", "dropout_": "dropout",
+}  # fmt: skip
+_OPERATORS = frozenset(
+    [
+        operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+        operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor,
+    ]
+)  # fmt: skip
+CASTS = frozenset(
+    ["to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone"]
+)
+"""Calls that keep shape and, but for rounding, value."""
+_SHARES = _VIEWS | CASTS | frozenset(
+    ["detach", "getattr", "adjoint", "swapaxes", "swapdims", "expand_as", "broadcast_to", "view_as",
+     "diagonal", "unfold", "as_strided", "_unsafe_view", "view_as_real", "view_as_complex",
+     "int", "long", "bool", "cuda", "cpu"]
+)  # fmt: skip
+"""Calls whose result may be in the memory of their first argument."""
 
 
 def op_name(node: fx.Node) -> str:
@@ -56,6 +78,12 @@ def op_name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return target.name()
     return getattr(target, "__name__", repr(target))
+
+
+def plain_name(node: fx.Node) -> str:
+    """`op_name`, the same for all ways to write one arithmetic operation."""
+    name = op_name(node)
+    return _NAMES.get(name, name)
 
 
 def qualified_name(node: fx.Node) -> str:
@@ -94,6 +122,10 @@ def same(a: Dim, b: Dim) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0
+
+
+def same_sizes(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
 def product(dims: Iterable[Dim]) -> Dim:
@@ -148,6 +180,34 @@ def is_cat(node: object) -> bool:
 def argument(node: fx.Node, index: int, name: str, default: object = None) -> object:
     """An argument of a call, whether it was passed by position or by keyword."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def writers_of(node: fx.Node) -> list[fx.Node]:
+    """Nodes that write in place into a tensor, or into what may share its memory."""
+    found: list[fx.Node] = []
+    seen, queue = {node}, [node]
+    for current in queue:
+        for user in current.users:
+            if writes_into(user, current):
+                found.append(user)
+            shares = op_name(user) in _SHARES and user.args[:1] == (current,)
+            if (shares or user in found) and user not in seen:
+                seen.add(user)
+                queue.append(user)
+    return list(dict.fromkeys(found))
+
+
+def writes_into(node: fx.Node, tensor: fx.Node) -> bool:
+    """Whether a node writes in place into one of its arguments."""
+    if node.kwargs.get("out") is tensor:
+        return True
+    if node.args[:1] != (tensor,) or node.op not in ("call_function", "call_method"):
+        return False
+    if node.target is operator.setitem or node.target in _OPERATORS:
+        return True
+    name = op_name(node)
+    pure = name.endswith("__") or node.target in (operator.and_, operator.or_, operator.not_)
+    return name.endswith("_") and not pure
 
 
 def module_path(node: fx.Node) -> str:

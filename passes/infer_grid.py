@@ -17,10 +17,25 @@ import torch
 from torch import fx
 
 from fpsc.passes.calls import AttentionCall
-from fpsc.passes.graph import Dim, Program, example, is_linear, op_name, product, same, shape
-from fpsc.passes.match import Candidate, Role
+from fpsc.passes.graph import (
+    Dim,
+    Program,
+    argument,
+    example,
+    is_cat,
+    is_linear,
+    op_name,
+    product,
+    same,
+    shape,
+)
+from fpsc.passes.match import Candidate, Role, projected_from
 from fpsc.passes.streams import Segment, Streams
 
+_PUT = frozenset(["setitem", "index_put_", "index_copy_", "index_add_", "scatter_"])
+_INDEXED = _PUT | frozenset(
+    ["index_put", "index_copy", "index_add", "scatter", "gather", "index_select", "take_along_dim"]
+)
 _RESHAPES = frozenset(["reshape", "view", "flatten", "unflatten", "_unsafe_view"])
 
 Grid = tuple[Dim, Dim, Dim]
@@ -81,6 +96,8 @@ def infer_grid(program: Program, candidates: list[Candidate], hints: Hints) -> l
     for index, candidate in enumerate(candidates):
         if candidate.reason or candidate.role not in (Role.VIDEO, Role.JOINT):
             found.append(Unfit(candidate.reason))
+        elif reason := _moved(streams, candidate):
+            found.append(Unfit(reason))
         elif streams.latents:
             found.append(_from_latent(streams, candidate, events, hints))
         elif any(tables) and not tables[index]:
@@ -91,6 +108,8 @@ def infer_grid(program: Program, candidates: list[Candidate], hints: Hints) -> l
                     Role.OTHER,
                 )
             )
+        elif not tables[index] and (reason := _several_tables(program, candidate)):
+            found.append(Unfit(reason))
         elif hints.grids or not tables[index]:
             found.append(_from_hints(candidate, hints))
         else:
@@ -120,6 +139,65 @@ def _readable(found: Found | Unfit, known: set[sympy.Symbol]) -> Found | Unfit:
                 "inside the model), so no tiles can be laid out before the graph runs"
             )
     return found
+
+
+def _moved(streams: Streams, candidate: Candidate) -> str:
+    """Why raster order cannot be relied on, where tokens are put into the sequence, or picked from
+    it, by tensors of indices; "" where they are not.
+
+    Only what the projections read counts: tables of positions are picked by indices too.
+    """
+    program = streams.program
+    indexed = [node for node in program.nodes if _indexed(node)]
+    if not indexed:
+        return ""
+    lengths = [s.length for s in candidate.segments]
+    sources = projected_from(program, candidate.call.query) if candidate.call.query else set()
+    behind = {
+        node
+        for source in sources
+        for node in program.walk_back(source, stop=lambda n: n in streams.attention)
+    }
+    for node in indexed:
+        written = node.args[0] if op_name(node) in _PUT and node.args else node
+        sizes = shape(written)
+        if written not in behind or sizes is None or len(sizes) not in (2, 3):
+            continue
+        whole = any(same(sizes[-2], length) for length in (*lengths, sum(lengths)))
+        if whole:
+            return (
+                f"tokens are put in their places by indices that are data ({op_name(node)}), so "
+                "where the video lies, and in which order, is not known before the graph runs; "
+                "where you know it, call fpsc.attention(q, k, v, grid=..., prefix=..., suffix=...) "
+                "from the model's attention processor"
+            )
+    return ""
+
+
+def _indexed(node: fx.Node) -> bool:
+    if op_name(node) in ("getitem", "setitem"):
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return any(isinstance(example(i), torch.Tensor) for i in index)
+    return op_name(node) in _INDEXED
+
+
+def _several_tables(program: Program, candidate: Candidate) -> str:
+    """What the tables of positions are joined from, where one clip alone would not be."""
+    lengths = [s.length for s in candidate.segments]
+    for node in _path(program, candidate.call, is_linear):
+        sizes, axis = shape(node), argument(node, 1, "dim", 0)
+        operands = argument(node, 0, "tensors")
+        if not is_cat(node) or sizes is None or not isinstance(axis, int) or axis == -1:
+            continue
+        if not isinstance(operands, list | tuple) or axis == len(sizes) - 1:
+            continue
+        parts = [(shape(o) or sizes)[axis] for o in operands]
+        if len(parts) > 1 and any(same(sizes[axis], length) for length in lengths):
+            return (
+                f"the tables of positions of {sizes[axis]} tokens are joined from {parts}: several "
+                "clips or images in one sequence, of which no single grid can be stated"
+            )
+    return ""
 
 
 def raster_events(program: Program) -> list[Event]:

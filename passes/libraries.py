@@ -18,8 +18,8 @@ from torch import fx
 
 from fpsc.passes.calls import AttentionCall
 from fpsc.passes.edit import Sketch, unsupported
-from fpsc.passes.graph import example, op_name, qualified_name, same, shape
-from fpsc.passes.softmax import keys_that_take_part
+from fpsc.passes.graph import example, op_name, qualified_name, same, shape, writers_of
+from fpsc.passes.masks import keys_that_take_part
 
 _NATIVE = (
     "let the model call scaled_dot_product_attention (in diffusers: "
@@ -217,14 +217,8 @@ def _sequences(found: dict[str, Any], qkv: list[Any]) -> int | None:
 def _constant(node: object) -> list[int] | None:
     """Values of an integer tensor that the graph makes from numbers."""
     while isinstance(node, fx.Node) and op_name(node) in ("to", "int", "contiguous", "cuda"):
-        if any(
-            user.target != node.target and str(user.target).endswith("_") for user in node.users
-        ):
-            return None
         node = node.args[0]
-    if not isinstance(node, fx.Node) or any(str(u.target).endswith("_") for u in node.users):
-        return None
-    if any(u.target is operator.setitem for u in node.users):
+    if not isinstance(node, fx.Node) or writers_of(node):
         return None
     numbers: object = None
     if op_name(node) == "tensor":

@@ -8,7 +8,7 @@ from fpsc.passes.axes import RESHAPES, permutation
 from fpsc.passes.calls import AttentionCall
 from fpsc.passes.edit import unsupported
 from fpsc.passes.graph import is_linear, op_name, same, shape
-from fpsc.passes.softmax import PRODUCTS, Unreadable, read_product
+from fpsc.passes.products import PRODUCTS, Unreadable, read_product
 
 _FEATURES = frozenset(
     ["relu", "relu_", "elu", "softmax", "exp", "gelu", "silu", "sigmoid", "square"]

@@ -10,12 +10,14 @@ import torch
 from torch import fx
 
 from fpsc.kernels.kinds import ALL_CELLS
+from fpsc.passes.attempt import attempt
+from fpsc.passes.calls import AttentionCall
 from fpsc.passes.graph import Program, example, module_path, product
 from fpsc.passes.infer_grid import Found, Hints, Unfit, infer_grid
-from fpsc.passes.match import Candidate, match
+from fpsc.passes.match import Candidate, Role, match
 from fpsc.passes.normalise import normalise
 from fpsc.passes.rewrite import Rewritten, Target, rewrite
-from fpsc.passes.thread import find_timestep, layer_weight
+from fpsc.passes.thread import Weight, find_timestep, layer_weight
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,12 @@ class Limits:
 
     Attributes:
         min_tokens: shorter video spans stay dense.
+        roles: others stay dense.
         head_dims: smallest and largest head_dim that the kernels take.
     """
 
     min_tokens: int = 0
+    roles: frozenset[str] = frozenset({Role.VIDEO, Role.JOINT})
     head_dims: tuple[int, int] = (16, 256)
 
 
@@ -51,6 +55,10 @@ class Analysis:
     def targets(self) -> list[Target]:
         return [d for d in self.decisions if isinstance(d, Target)]
 
+    def leave(self, reason: str) -> None:
+        """Leave every target dense."""
+        self.decisions = [reason if isinstance(d, Target) else d for d in self.decisions]
+
     @property
     def queries(self) -> list[torch.Tensor]:
         """Example of the queries of every target."""
@@ -63,6 +71,8 @@ def analyse(
     limits: Limits | None = None,
     argument_names: Sequence[str] = (),
     timestep: str | None = None,
+    *,
+    strict: bool = True,
 ) -> Analysis:
     """Find and classify every attention of a graph; changes nothing.
 
@@ -72,8 +82,29 @@ def analyse(
         limits: what may be replaced.
         argument_names: positional arguments of the compiled module, without `self`.
         timestep: name of the argument that holds the timestep, where the user states it.
+        strict: an error of ours is raised. Else what it met stays dense with the reason: one
+            attention where it was read, all of them later on.
     """
-    program, calls = normalise(module)
+    program, calls = normalise(module, strict=strict)
+
+    def judge() -> Analysis:
+        return _judge(program, calls, hints, limits, argument_names, timestep)
+
+    def give_up(reason: str) -> Analysis:
+        candidates = [Candidate(c, Role.OTHER, reason=c.unsupported or reason) for c in calls]
+        return Analysis(program, candidates, [c.reason for c in candidates], None)
+
+    return attempt(judge, give_up, "this graph", strict=strict)
+
+
+def _judge(
+    program: Program,
+    calls: list[AttentionCall],
+    hints: Hints | None,
+    limits: Limits | None,
+    argument_names: Sequence[str],
+    timestep: str | None,
+) -> Analysis:
     candidates = match(program, calls)
     grids = infer_grid(program, candidates, hints or Hints())
     candidates = [
@@ -125,12 +156,26 @@ def _decide(
         return (
             f"{tokens} video tokens, fewer than limits.min_tokens {limits.min_tokens} of the policy"
         )
+    if candidate.role not in limits.roles:
+        covered = " and ".join(sorted(limits.roles))
+        return f"role {candidate.role}; the policy covers {covered} attention only (roles)"
     low, high = limits.head_dims
     if not low <= head_dim <= high:
         return f"head_dim {head_dim}; the kernels take {low} to {high}"
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{query.dtype}; the kernels take float32, bfloat16 and float16"
     return Target(candidate, found, layer_weight(program, call.query))
+
+
+def weights_of(analysis: Analysis) -> list[Weight | None]:
+    """The weights by which a call tells its layer: of the targets, or of what could be one."""
+    if analysis.targets:
+        return [target.weight for target in analysis.targets]
+    return [
+        layer_weight(analysis.program, c.call.query)
+        for c in analysis.candidates
+        if c.role in (Role.VIDEO, Role.JOINT) and c.call.query is not None
+    ]
 
 
 def apply(

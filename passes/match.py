@@ -5,25 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-import torch
 from torch import fx
 
+from fpsc.passes.axes import origin_of
 from fpsc.passes.calls import AttentionCall
 from fpsc.passes.graph import (
     Dim,
     Program,
     argument,
-    dim,
-    example,
     is_cat,
     is_convolution,
     is_linear,
     op_name,
     same,
+    same_sizes,
     shape,
 )
+from fpsc.passes.masks import key_padding, mask_problem, outer_product
 from fpsc.passes.streams import Segment, Streams, latents
 
+_PROJECTIONS = 100
 _PASS_THROUGH = frozenset(["to", "type_as", "float", "dropout", "contiguous", "mul"])
 
 
@@ -46,6 +47,8 @@ class Candidate:
             concatenation, else `VIDEO`.
         segments: spans of the sequence, in order.
         key_mask: bool node [B, any, any, N] whose first head and query hold for all, or None.
+        query_mask: bool node [B, 1, 1, N]: queries that see no key, of which SDPA makes zeros, are
+            False; None where there are none.
         reason: why the call stays dense; "" when it is self-attention that may be replaced.
     """
 
@@ -53,6 +56,7 @@ class Candidate:
     role: Role
     segments: tuple[Segment, ...] = ()
     key_mask: fx.Node | None = None
+    query_mask: fx.Node | None = None
     reason: str = ""
 
 
@@ -78,11 +82,25 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
         return dense(Role.OTHER, call.unsupported)
     query, key, value = shape(call.query), shape(call.key), shape(call.value)
     assert query is not None and key is not None and value is not None
-    if not projected_from(program, call.query) & projected_from(program, call.key):
+    sources = projected_from(program, call.query), projected_from(program, call.key)
+    if not any(sources) and same(query[2], key[2]):
+        return dense(
+            Role.VIDEO,
+            "queries and keys come into this graph ready made, so whether they are of one stream "
+            "cannot be told; a graph break lies before this attention: "
+            "torch.compile(..., fullgraph=True) names it",
+        )
+    if not sources[0] & sources[1]:
         return dense(Role.CROSS, "cross-attention: queries and keys come from different streams")
     if not same(query[2], key[2]):
         return dense(
-            Role.OTHER, f"queries and keys differ in length ({query[2]} and {key[2]} tokens)"
+            Role.OTHER,
+            f"queries and keys differ in length ({query[2]} and {key[2]} tokens); keys of text or "
+            "of earlier frames beside the video's own are not supported",
+        )
+    if batch is None and (merged := _merged_batch(call.query)):
+        return dense(
+            Role.FRAME, f"batch merged from {merged}: attention inside frames or along time"
         )
     if batch is not None and not same(query[0], batch):
         return dense(
@@ -95,67 +113,35 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
         return dense(Role.OTHER, f"attention dropout {call.dropout}; set it to 0")
     if not same(query[3], value[3]):
         return dense(Role.OTHER, f"head_dim of values ({value[3]}) differs from {query[3]}")
-    key_mask = None
+    if not same_sizes(key, value) or not same(query[0], key[0]):
+        return dense(Role.OTHER, f"queries, keys and values of shapes {query}, {key} and {value}")
+    key_mask = query_mask = None
     if call.mask is not None:
         key_mask = key_padding(call.mask)
         if key_mask is None:
-            return dense(Role.OTHER, _mask_problem(call.mask))
+            key_mask = query_mask = outer_product(call.mask)
+        if key_mask is None:
+            return dense(Role.OTHER, mask_problem(call.mask))
     segments = _segments(streams, call.query, query[2])
-    return Candidate(call, Role.JOINT if len(segments) > 1 else Role.VIDEO, segments, key_mask)
+    role = Role.JOINT if len(segments) > 1 else Role.VIDEO
+    return Candidate(call, role, segments, key_mask, query_mask)
 
 
-def key_padding(mask: object) -> fx.Node | None:
-    """The node whose first head and first query say which keys take part, or None.
-
-    That is the mask itself where it is boolean and equal for all heads and queries: of size 1, or
-    expanded, along both axes. Of padding that is repeated and multiplied by its own transpose it is
-    the padding: rows of padded queries, which no other row sees, are all that differs.
-    """
-    value = example(mask)
-    if not isinstance(mask, fx.Node) or not isinstance(value, torch.Tensor):
-        return None
-    if value.dtype != torch.bool or value.ndim != 4:
-        return None
-    if all(same(dim(value.shape[axis]), 1) or value.stride(axis) == 0 for axis in (1, 2)):
-        return mask
-    return _outer_product(mask)
-
-
-def _outer_product(mask: fx.Node) -> fx.Node | None:
-    """`padding` [B, 1, 1, N], where a mask is `p & p.transpose(2, 3)` with p its repetition."""
-    while op_name(mask) in ("bool", "to") and mask.all_input_nodes:
-        mask = mask.all_input_nodes[0]
-    if op_name(mask) not in ("and_", "__and__", "logical_and", "bitwise_and", "mul"):
-        return None
-    if len(mask.all_input_nodes) != 2:
-        return None
-    first, second = mask.all_input_nodes
-    for repeated, turned in ((first, second), (second, first)):
-        axes = sorted(a % 4 for a in turned.args[1:] if isinstance(a, int))
-        if op_name(turned) != "transpose" or turned.args[0] is not repeated or axes != [2, 3]:
-            continue
-        source = repeated.args[0] if repeated.args else None
-        if op_name(repeated) not in ("repeat", "expand") or not isinstance(source, fx.Node):
-            continue
-        sizes, value = shape(source), example(source)
-        if sizes is None or len(sizes) != 4 or not (same(sizes[1], 1) and same(sizes[2], 1)):
-            continue
-        if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
-            return source
-    return None
-
-
-def _mask_problem(mask: object) -> str:
-    """Why a mask is not key padding."""
-    value = example(mask)
-    if not isinstance(value, torch.Tensor):
-        return f"mask of unknown kind: {mask}"
-    if value.dtype != torch.bool:
-        return f"additive mask of {value.dtype}; only boolean key-padding masks are understood"
-    return (
-        f"mask of shape {list(value.shape)}; expected key padding, [batch, 1, 1, tokens], equal "
-        "for all heads and queries"
-    )
+def _merged_batch(node: fx.Node) -> list[Dim]:
+    """The axes that were merged to the batch of a node, behind projections; empty if it is one."""
+    for _ in range(_PROJECTIONS):
+        origin = origin_of(node, 0)
+        if origin is None or origin.kind not in ("origin", "merged"):
+            return []
+        if origin.kind == "merged":
+            sizes = shape(origin.node) or []
+            merged = [sizes[axis] for axis in origin.axes]
+            return merged if sum(not same(size, 1) for size in merged) > 1 else []
+        source = argument(origin.node, 0, "input") if is_linear(origin.node) else None
+        if not isinstance(source, fx.Node):
+            return []
+        node = source
+    return []
 
 
 def projected_from(program: Program, node: fx.Node) -> set[fx.Node]:

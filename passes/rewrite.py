@@ -18,7 +18,7 @@ import fpsc.kernels.ops
 import fpsc.kernels.rows  # noqa: F401  both register the ops that are inserted here
 from fpsc.kernels.kinds import ALL_CELLS
 from fpsc.passes.edit import erase_unused, erase_with_sources
-from fpsc.passes.graph import Body, Program, example
+from fpsc.passes.graph import Body, Program, dim, example, same
 from fpsc.passes.infer_grid import Found
 from fpsc.passes.match import Candidate
 from fpsc.passes.thread import Weight
@@ -175,7 +175,7 @@ class _Writer:
         with graph.inserting_before(node):
             mask = None
             if target.candidate.key_mask is not None:
-                mask = _key_mask(graph, target.candidate.key_mask, copied)
+                mask = _key_mask(graph, target.candidate.key_mask, copied, query)
             both = graph.call_function(
                 torch.ops.fpsc.attention.default,
                 (
@@ -195,6 +195,9 @@ class _Writer:
             out = graph.call_function(operator.getitem, (both, 0))
             both.meta.update(_site_meta(original), example_value=(out_example, out_example[..., 0]))
             out.meta.update(_site_meta(original), example_value=out_example)
+            if target.candidate.query_mask is not None:
+                out = _without_keys(graph, out, copied[target.candidate.query_mask])
+                out.meta.update(_site_meta(original), example_value=out_example)
             if out_example.is_contiguous() and any(u.target == "view" for u in node.users):
                 # A `view` was traced on [B, H, N, D] memory; ours is [B, N, H, D].
                 out = graph.call_method("contiguous", (out,))
@@ -210,13 +213,29 @@ def node_arguments(node: fx.Node) -> list[fx.Node]:
     return [node.args[i] if len(node.args) > i else node.kwargs[n] for i, n in enumerate(named)]  # type: ignore[misc]
 
 
-def _key_mask(graph: fx.Graph, mask: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
-    """[B or 1, N] of a mask [B or 1, any, any, N] that is equal for all heads and queries."""
+def _key_mask(
+    graph: fx.Graph, mask: fx.Node, copied: dict[fx.Node, fx.Node], query: fx.Node
+) -> fx.Node:
+    """[B, N] of a mask [B or 1, any, any, N] that is equal for all heads and queries."""
     flat = graph.call_function(operator.getitem, (copied[mask], (slice(None), 0, 0)))
     value = example(mask)
     assert isinstance(value, torch.Tensor)
     flat.meta["example_value"] = value[:, 0, 0]
-    return flat
+    queries = example(query)
+    assert isinstance(queries, torch.Tensor)
+    if same(dim(value.shape[0]), dim(queries.shape[0])):
+        return flat
+    batch = graph.call_method("size", (query, 0))
+    batch.meta["example_value"] = queries.shape[0]
+    expanded = graph.call_method("expand", (flat, batch, -1))
+    expanded.meta["example_value"] = value[:, 0, 0].expand(queries.shape[0], -1)
+    return expanded
+
+
+def _without_keys(graph: fx.Graph, out: fx.Node, mask: fx.Node) -> fx.Node:
+    """Zeros for queries [B, 1, 1, N] that see no key, as SDPA has it."""
+    turned = graph.call_method("transpose", (mask, 2, 3))
+    return graph.call_method("masked_fill", (out, graph.call_method("logical_not", (turned,)), 0.0))
 
 
 def _site_meta(original: fx.Node) -> dict[str, object]:

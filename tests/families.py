@@ -12,6 +12,8 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMRefinerKVCache
+from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from torch import Tensor, nn
 
 from fpsc.cli.inputs import example_inputs
@@ -154,6 +156,28 @@ KANDINSKY: dict[str, Any] = {
     "num_text_blocks": 1,
     "num_visual_blocks": 2,
     "axes_dims": (4, 6, 6),
+}
+JOY: dict[str, Any] = {
+    "in_channels": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "text_dim": 16,
+    "mlp_width_ratio": 2.0,
+    "num_layers": 2,
+    "rope_dim_list": [4, 6, 6],
+}
+REFINER: dict[str, Any] = {**LTX2, "rope_double_precision": False}
+ANIMATE2: dict[str, Any] = {
+    "in_dim": 8,
+    "out_dim": 4,
+    "dim": 32,
+    "num_heads": 2,
+    "num_layers": 2,
+    "ffn_dim": 32,
+    "freq_dim": 16,
+    "text_dim": 16,
+    "text_len": TEXT,
+    "use_img_emb": False,
 }
 AUDIO = 9  # audio tokens
 
@@ -331,6 +355,150 @@ def _motif(grid: TokenGrid, batch: int) -> dict[str, Any]:
 
 def _joy(grid: TokenGrid, batch: int) -> dict[str, Any]:
     return {"hidden_states": _latent(grid, batch)}
+
+
+def _far(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    latent = _latent(grid, batch).transpose(1, 2)
+    return {
+        "hidden_states": latent,
+        "timestep": torch.full((batch, grid.t), 500.0),
+        "r_timestep": torch.full((batch, grid.t), 400.0),
+        "chunk_partition": [grid.t],
+    }
+
+
+def _far_cached(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    """One chunk against a cache of an earlier one, as its pipeline generates."""
+    cache = {
+        "full_cache": torch.randn(2, batch, 2, grid.tokens, 16),
+        "compressed_cache": torch.randn(2, batch, 2, grid.tokens, 16),
+    }
+    return {
+        **_far(grid, batch),
+        "chunk_partition": [grid.t, grid.t],
+        "kv_cache": [cache, cache],
+        "kv_cache_flag": {"is_cache_step": False, "num_cached_chunks": 1},
+    }
+
+
+def _cosmos3(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    """Text, then video; one sample, in the width of the model without a batch."""
+    sequence = TEXT + grid.tokens
+    video = torch.arange(TEXT, sequence)
+    return {
+        "input_ids": torch.arange(TEXT),
+        "text_indexes": torch.arange(TEXT),
+        "position_ids": torch.arange(sequence).expand(3, -1),
+        "und_len": TEXT,
+        "sequence_length": sequence,
+        "vision_tokens": [_latent(grid, 1)],
+        "vision_token_shapes": [grid_sizes(grid)],
+        "vision_sequence_indexes": video,
+        "vision_mse_loss_indexes": video,
+        "vision_timesteps": torch.full((grid.tokens,), 500.0),
+        "vision_noisy_frame_indexes": [torch.arange(grid.t)],
+    }
+
+
+def _joy_plus(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    """The target and one reference image of another size, as patches."""
+    return {
+        "hidden_states": torch.randn(batch, grid.tokens + 6, 4, 1, 2, 2),
+        "encoder_hidden_states_mask": torch.ones(batch, TEXT),
+        "shape_list": [[grid_sizes(grid), (1, 2, 3)]] * batch,
+    }
+
+
+def _minimax(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    """Text, audio, video."""
+    sequence = TEXT + AUDIO + grid.tokens
+    text, audio, video = torch.arange(sequence).split([TEXT, AUDIO, grid.tokens])
+    places = torch.cartesian_prod(*(torch.arange(n) for n in grid_sizes(grid)))
+    return {
+        "hidden_states": torch.randn(batch, grid.tokens, 16),
+        "audio_hidden_states": torch.randn(batch, AUDIO, 6),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "timestep_indices": torch.zeros(sequence, dtype=torch.int64).index_fill(0, audio, 1),
+        "token_tags": torch.tensor([1] * TEXT + [2] * AUDIO + [0] * grid.tokens),
+        "position_ids": torch.cat([*(n[:, None].expand(-1, 3) for n in (text, audio)), places]),
+        "video_indices": video,
+        "audio_indices": audio,
+        "text_indices": text,
+    }
+
+
+def _sana_wm(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    pose = torch.eye(4).repeat(batch, grid.t, 1, 1)
+    pose[..., 2, 3] = torch.arange(grid.t) * 0.1
+    lens = torch.tensor([grid.x, grid.y, grid.x / 2, grid.y / 2]).expand(batch, grid.t, 4)
+    return {
+        "timestep": torch.full((batch, 1, grid.t), 500.0),
+        "encoder_hidden_states": torch.randn(batch, 1, TEXT, 16),
+        "camera_conditions": torch.cat([pose.flatten(2), lens], dim=-1),
+        "chunk_plucker": torch.randn(batch, 8, *grid_sizes(grid)),
+    }
+
+
+def _refiner(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    """Tables of positions as the model makes them, and no tokens from earlier chunks."""
+    model = Model("SanaWMLTX2RefinerTransformer3DModel", REFINER).build((1, 1, 1))
+    tables = model.build_rotary_emb_for_absolute_positions(  # type: ignore[operator]
+        batch, list(range(grid.t)), grid.y, grid.x, torch.device("cpu"), 24.0
+    )
+    return {
+        "hidden_states": torch.randn(batch, grid.tokens, 8),
+        "timestep": torch.full((batch, grid.tokens), 500.0),
+        "video_rotary_emb": tables,
+    }
+
+
+def _refiner_cached(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    cache = SanaWMRefinerKVCache(2)
+    for layer in range(2):
+        keys = torch.randn(batch, grid.tokens, 32)
+        cache.get(layer).store_history(keys, keys.clone())
+    return {**_refiner(grid, batch), "kv_cache": cache, "kv_cache_mode": "inject"}
+
+
+def _temporal(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(batch * grid.t, 32, grid.y, grid.x),
+        "encoder_hidden_states": None,
+        "timestep": None,
+        "num_frames": grid.t,
+    }
+
+
+def _animate2(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    """The pass over the reference, which fills the cache."""
+    return {
+        "hidden_states": [_latent(grid, 1)[0] for _ in range(batch)],
+        "condition_latents": [_latent(grid, 1)[0] for _ in range(batch)],
+        "timestep": torch.full((batch,), 1.0),
+        "encoder_hidden_states": [torch.randn(TEXT, 16) for _ in range(batch)],
+        "kv_cache": WanAnimate2KVCache(2),
+        "kv_cache_mode": "extract",
+        "seq_len": grid.tokens,
+        "offset_grid_sizes": torch.tensor([grid_sizes(grid)] * batch),
+    }
+
+
+def _animate2_cached(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    """A denoising step: a frame more than the reference has."""
+    cache = WanAnimate2KVCache(2)
+    frames = TokenGrid(grid.t - 1, grid.y, grid.x)
+    for layer in range(2):
+        keys = torch.randn(batch, frames.tokens, 2, 16)
+        cache.get(layer).store(keys, keys.clone())
+    return {
+        **_animate2(grid, batch),
+        "timestep": torch.full((batch,), 500.0),
+        "kv_cache": cache,
+        "kv_cache_mode": "cached",
+        "reference_grid_sizes": torch.tensor([grid_sizes(frames)] * batch),
+        "origin_len": 4 * (frames.t - 1) + 1,
+        "origin_area": [16 * grid.y, 16 * grid.x],
+    }
 
 
 NO_MASK: Arguments = lambda grid, batch: {"encoder_attention_mask": None}  # noqa: E731
@@ -542,28 +710,74 @@ MODELS = (
     ),
     Model(
         "JoyImageEditTransformer3DModel",
-        {
-            "in_channels": 4,
-            "hidden_size": 32,
-            "num_attention_heads": 2,
-            "text_dim": 16,
-            "mlp_width_ratio": 2.0,
-            "num_layers": 2,
-            "rope_dim_list": [4, 6, 6],
-        },
+        JOY,
         _joy,
     ),
+    Model("AnyFlowFARTransformer3DModel", WAN, _far),
+    Model("AnyFlowFARTransformer3DModel/cache", WAN, _far_cached),
+    Model(
+        "Cosmos3OmniTransformer",
+        {
+            "head_dim": 16,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "latent_channel": 4,
+            "patch_latent_dim": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 2,
+            "rope_axes_dim": (4, 2, 2),
+            "vocab_size": 16,
+        },
+        _cosmos3,
+    ),
+    Model(
+        "JoyImageEditPlusTransformer3DModel",
+        JOY,
+        _joy_plus,
+    ),
+    Model(
+        "MiniMaxH3Transformer3DModel",
+        {
+            **HEADS,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "ffn_dim": 32,
+            "in_channels": 4,
+            "audio_in_channels": 6,
+            "text_dim": 16,
+            "freq_dim": 16,
+            "time_embed_hidden_dim": 16,
+            "time_embed_dim": 16,
+            "rope_freq_dim": 2,
+        },
+        _minimax,
+    ),
+    Model(
+        "SanaWMTransformer3DModel",
+        {
+            "in_channels": 4,
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "softmax_every_n": 2,
+            "linear_head_dim": 16,
+            "caption_channels": 16,
+            "mlp_ratio": 2.0,
+            "chunk_plucker_channels": 8,
+            "chunk_plucker_post_attn_blocks": 2,
+        },
+        _sana_wm,
+    ),
+    Model("SanaWMLTX2RefinerTransformer3DModel", REFINER, _refiner),
+    Model("SanaWMLTX2RefinerTransformer3DModel/cache", REFINER, _refiner_cached),
+    Model(
+        "TransformerTemporalModel",
+        {**HEADS, "in_channels": 32, "num_layers": 2},
+        _temporal,
+    ),
+    Model("WanAnimate2Transformer3DModel/reference", ANIMATE2, _animate2),
+    Model("WanAnimate2Transformer3DModel/cache", ANIMATE2, _animate2_cached),
 )
 """Every case, in the order of the table."""
-
-ELSEWHERE = {
-    "AnyFlowFARTransformer3DModel": "causal chunks through FlexAttention, or keys from a cache",
-    "Cosmos3OmniTransformer": "text, video, sound and actions in one sequence, placed by indices",
-    "JoyImageEditPlusTransformer3DModel": "images of several sizes in one padded sequence",
-    "MiniMaxH3Transformer3DModel": "text, video and audio in one sequence, placed by indices",
-    "SanaWMTransformer3DModel": "linear attention in most layers, cameras in the others",
-    "SanaWMLTX2RefinerTransformer3DModel": "keys from a cache of earlier chunks",
-    "TransformerTemporalModel": "attention along time inside a 2D UNet",
-    "WanAnimate2Transformer3DModel": "lists of clips, keys from a cache of the reference",
-}
-"""Classes that are given a video and are not built here, and what they do."""

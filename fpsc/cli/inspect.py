@@ -160,7 +160,7 @@ def _policy(name: str | None, model: "torch.nn.Module") -> str:
 
     if name is None:
         family = family_of(model)
-        name = family.policy_for(model) if family else "generic"
+        name = family.policy if family else "generic"
     try:
         find(name)
     except PolicyError as error:

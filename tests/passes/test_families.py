@@ -17,7 +17,7 @@ import fpsc
 from bench.families import PAGE, analyse, page
 from fpsc import backend
 from fpsc.passes.match import Role
-from tests.families import ELSEWHERE, MODELS, TEXT, Model
+from tests.families import MODELS, TEXT, Model
 
 GRIDS = [(3, 4, 5), (1, 4, 5), (4, 4, 4)]
 BY_KEY = {model.key: model for model in MODELS}
@@ -154,7 +154,7 @@ def test_every_video_transformer_is_listed() -> None:
             ours = is_model and cls.__module__ == loaded.__name__
             if ours and re.search("3DModel|Video|Temporal|OmniTransformer", name):
                 found.add(name)
-    assert found - {m.name for m in MODELS} - set(ELSEWHERE) == set()
+    assert found - {m.name for m in MODELS} == set()
 
 
 @pytest.fixture

@@ -4,7 +4,10 @@ import typer
 
 from fpsc.cli.errors import reports_errors
 from fpsc.cli.policy.check import check
+from fpsc.cli.policy.convert import app as convert
+from fpsc.cli.policy.diff import diff
 from fpsc.cli.policy.explain import explain
+from fpsc.cli.policy.init import init
 from fpsc.cli.policy.schema import schema
 from fpsc.cli.policy.show import show
 
@@ -13,5 +16,6 @@ app = typer.Typer(
     help="Check, show, explain, compare, write and convert policy files.",
     no_args_is_help=True,
 )
-for command in (check, show, explain, schema):
+for command in (check, show, explain, diff, init, schema):
     app.command()(reports_errors(command))
+app.add_typer(convert)

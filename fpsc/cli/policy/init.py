@@ -1,0 +1,82 @@
+"""`fpsc policy init`: a policy to start from, with comments on what else it can say."""
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fpsc.cli.errors import UserError
+from fpsc.cli.policy.output import target_of, write
+
+HEAD = """\
+# yaml-language-server: $schema=fpsc-policy-1.json
+# ("fpsc policy schema > fpsc-policy-1.json" puts that file here; editors then complete and check.)
+# Started from the built-in policy {preset}. "fpsc policy check FILE" finds mistakes.
+#
+"""
+
+TAIL = """\
+
+# What else a policy can say; take the "# " away to use it.
+#
+# for:                          # what it was tuned on; elsewhere a warning says so
+#   model: owner/name
+#   grid: [21, 45, 80]          # latent frames, height, width, in tokens
+#
+# except:                       # other modes for some layers, heads or noise; later lines win
+#   - {layers: [0, 1], use: dense}
+#   - {layers: 12..18, heads: [3, 7], noise: 0.90..0.40, use: fast}
+#
+# sampling: {scheduler: UniPCMultistepScheduler, steps: 50, shift: 5.0}
+#                               # with it, "steps: 0..10" or "percent: 0..20" in place of noise
+#
+# components:                   # where a pipeline has two transformers
+#   transformer_2:
+#     schedule:
+#       - {noise: 1.00..0.00, use: fast}
+"""
+
+
+def init(
+    family: Annotated[
+        str, typer.Argument(help="A built-in policy, or the class of a model (or how it begins).")
+    ] = "generic",
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help='The file; default NAME.yaml; "-" prints it.'),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a commented policy for a family of models, to be edited."""
+    from fpsc.policy import Policy, find
+
+    preset = _preset(family)
+    target = target_of(output or f"my-{preset}.yaml", force)
+    name = target.stem if target else f"my-{preset}"
+    text = find(preset).with_values({"name": name}).document.text
+    policy = Policy.load(HEAD.format(preset=preset) + text + TAIL)
+    if json and target is None:
+        raise UserError("--json and --output - both want standard output; choose one")
+    write(policy, target)
+    if json:
+        typer.echo(jsonlib.dumps({"file": str(target), "preset": preset, "name": name}))
+    elif target is not None:
+        typer.echo(f"{Path(target)} written, from {preset}")
+
+
+def _preset(family: str) -> str:
+    """The built-in policy for a name of one, or for the class of a model."""
+    from fpsc.families import FAMILIES, Family
+    from fpsc.policy import presets
+    from fpsc.policy.errors import listed, nearest
+
+    if family in presets():
+        return family
+    wanted = family.lower()
+    for prefix, known in FAMILIES.items():
+        if wanted and (wanted.startswith(prefix.lower()) or prefix.lower().startswith(wanted)):
+            return known.policy if isinstance(known, Family) else "generic"
+    names = [*presets(), *FAMILIES]
+    raise UserError(f"no family {family}{nearest(family, names)} (known: {listed(names)})")
