@@ -139,13 +139,14 @@ def test_init_writes_a_valid_policy_for_every_family(family: str) -> None:
     assert text.startswith("# yaml-language-server: $schema=fpsc-policy-1.json\n")
 
 
-def test_what_init_offers_in_comments_is_true() -> None:
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_what_init_offers_in_comments_is_true(name: str) -> None:
     """Every offer, taken as the comment says, gives a valid policy."""
-    assert policy("init").exit_code == 0
-    text = Path("my-generic.yaml").read_text()
+    assert policy("init", name).exit_code == 0
+    text = Path(f"my-{name}.yaml").read_text()
     head, _, offers = text.partition("take the")
     blocks = offers.split("\n#\n")[1:]
-    assert len(blocks) == 4
+    assert {"sampling", "components"} <= {block.split(":")[0].strip("# ") for block in blocks}
     for block in blocks:
         Policy.load(head + "\n" + "\n".join(line[2:] for line in block.splitlines()) + "\n")
 
