@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fpsc.options import OptionError
     from fpsc.policy import Policy, PolicyError
     from fpsc.report import NothingReplacedWarning, Report, reports
-    from fpsc.runtime import StructureError, set_policy
+    from fpsc.runtime import StructureError, save_policy, set_policy
 
 # Loaded at first use: `fpsc --help` and the entry point must not wait for torch.
 _HOMES = {
@@ -34,6 +34,7 @@ _HOMES = {
     "compile": "fpsc.compiling",
     "export": "fpsc.exporting",
     "reports": "fpsc.report",
+    "save_policy": "fpsc.runtime",
     "set_policy": "fpsc.runtime",
 }
 
@@ -50,6 +51,7 @@ __all__ = [
     "compile",
     "export",
     "reports",
+    "save_policy",
     "set_policy",
 ]
 

@@ -20,7 +20,9 @@ from torch._subclasses.fake_tensor import (
 
 from fpsc import roots, runtime
 from fpsc.cache_key import HOOK, CacheKey
+from fpsc.choice import choose
 from fpsc.families import family_of
+from fpsc.guard import guard_structure
 from fpsc.kernels.kinds import FP8_CELLS
 from fpsc.kernels.select import Choice, fp8_support, select
 from fpsc.launch import Launcher
@@ -31,7 +33,6 @@ from fpsc.passes.infer_grid import Hints
 from fpsc.passes.manager import Analysis, Limits
 from fpsc.passes.match import Role
 from fpsc.passes.rewrite import Rewritten
-from fpsc.policy import Policy, find
 from fpsc.policy.resolve import kinds_of
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
 from fpsc.roots import RunningModule
@@ -67,8 +68,8 @@ def fpsattn(
     """
     parsed = parse(mode, options)
     root = roots.root_for(roots.running_modules())
-    state, origin = _state(root, parsed)
-    launcher = _rewrite(gm, example_inputs, root, state, origin)
+    state = _state(root, parsed)
+    launcher = _rewrite(gm, example_inputs, root, state)
     if launcher is not None:
         return _compile(launcher, example_inputs, inductor_patches(parsed))
     compiled = inductor(gm, list(example_inputs), config_patches=inductor_patches(parsed))
@@ -83,7 +84,7 @@ def rewrite_graph(
     """What the backend does before it compiles: a rewritten graph, or None where nothing is
     replaced."""
     root = roots.root_for(roots.running_modules())
-    return _rewrite(gm, example_inputs, root, *_state(root, options))
+    return _rewrite(gm, example_inputs, root, _state(root, options))
 
 
 def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) -> Report:
@@ -93,40 +94,30 @@ def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) 
         gm: graph from Dynamo.
         options: as for the backend.
     """
-    state, origin = _state(None, parse(None, options))
+    state = _state(None, parse(None, options))
     analysis = _analyse(gm, state, None, strict=state.options.strict)
-    return _report(analysis, state, origin, hooked=True)
+    return _report(analysis, state, hooked=True)
 
 
-def _state(root: RunningModule | None, options: Options) -> tuple[ModelState, str]:
-    """The state of the model that is compiled, and why it has the policy that it has."""
+def _state(root: RunningModule | None, options: Options) -> ModelState:
+    """The state of the model that is compiled, with the policy that it has or now gets."""
     module = root.module if root else None
     family = family_of(module)
-    if options.policy is not None:
-        policy, origin = find(options.policy), "named in the options"
-    elif family is not None:
-        policy, origin = find(family.policy), f"preset for {type(module).__name__}"
-    else:
-        policy, origin = find("generic"), "default"
+    chosen = choose(options, module, family)
     known = runtime.state_of_root(module) if module is not None else None
-    if known is not None and _serves(known, policy, options):
-        if policy.spec != known.loaded.spec:  # the file was edited since
-            known.loaded = policy
-            known.set_policy(policy)
-        return known, origin
+    if known is not None and options == known.options:
+        if chosen.policy.same_as(known.loaded):
+            return known  # what `set_policy` gave it since stays
+        if runtime.structure_of(chosen.policy) == runtime.structure_of(known.policy):
+            known.take(chosen)  # the file was edited since
+            return known
     convention = options.timestep.convention or (family.convention if family else None)
-    state = ModelState(module, policy, options, convention)
+    state = ModelState(module, chosen, options, convention)
     if module is not None:
         if known is not None:
             known.remove_hook()
         runtime.remember_root(module, state)
-    return state, origin
-
-
-def _serves(state: ModelState, policy: Policy, options: Options) -> bool:
-    """Whether the state that a model has serves these options too; numbers may differ."""
-    same_structure = runtime.structure_of(policy) == runtime.structure_of(state.policy)
-    return same_structure and options == state.options
+    return state
 
 
 def _nothing(reason: str) -> None:
@@ -142,7 +133,7 @@ def _analyse(
     return manager.analyse(
         gm,
         Hints(*state.hints()),
-        Limits(min_tokens=state.policy.limits.min_tokens),
+        Limits(min_tokens=state.policy.limits.min_tokens, roles=state.policy.roles),
         names,
         state.options.timestep.argument,
         strict=strict,
@@ -166,9 +157,10 @@ def _takes_hook(root: RunningModule | None) -> bool:
     return root is not None and not root.compiled
 
 
-def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) -> Report:
+def _report(analysis: Analysis, state: ModelState, hooked: bool) -> Report:
     threaded = analysis.timestep is not None and state.convention is not None
-    notes = list(analysis.warnings)
+    sites = sites_of(analysis)
+    notes = [*analysis.warnings, *state.notes, *runtime.mismatches(state, state.policy, sites)]
     if state.convention is not None and not threaded and not hooked:
         notes.append(
             "the timestep is not a tensor among the inputs of this graph: every forward uses the "
@@ -191,8 +183,8 @@ def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) ->
     return Report(
         model=type(module).__name__ if module is not None else "",
         policy=state.policy.name,
-        policy_source=origin,
-        sites=sites_of(analysis),
+        policy_source=state.origin,
+        sites=sites,
         timestep="an input of the graph"
         if threaded
         else "the root module"
@@ -240,12 +232,22 @@ def _check(report: Report, options: Options) -> None:
         warn(f"fpsattn: {note}", UserWarning, 2)
 
 
+def _guard(analysis: Analysis, example_inputs: Sequence[Any], state: ModelState) -> None:
+    """Have the graph compiled again when the structure of the model's policy changes.
+
+    One that replaces nothing too: another policy may cover what this one leaves dense.
+    """
+    weight = next((w for w in manager.weights_of(analysis) if w is not None), None)
+    if weight is not None:
+        runtime.recognise(example_inputs[weight.position], state)
+        guard_structure(weight.node, state.structure)
+
+
 def _rewrite(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     root: RunningModule | None,
     state: ModelState,
-    origin: str,
 ) -> Launcher | None:
     """Analyse, report, rewrite; the launcher has no compiled graph yet."""
     strict = state.options.strict
@@ -257,9 +259,10 @@ def _rewrite(
     if not analysis.candidates:
         return None
     rewritten = _replace(analysis, state) if analysis.targets else None
-    report = _report(analysis, state, origin, hooked=_takes_hook(root))
+    report = _report(analysis, state, hooked=_takes_hook(root))
     record(report)
     _check(report, state.options)
+    _guard(analysis, example_inputs, state)
     if rewritten is None:
         return None
     timestep = analysis.timestep if rewritten.returns_rows else None
@@ -278,8 +281,7 @@ def _rewrite(
 def _compile(
     launcher: Launcher, example_inputs: Sequence[Any], patches: dict[str, Any]
 ) -> Launcher:
-    policy, kernels = launcher.state.policy, launcher.report.kernels
-    structure = repr([*sorted(runtime.structure_of(policy).items()), kernels])
+    structure = repr([launcher.structure, launcher.report.kernels])
     user_hook = patches.get(HOOK, getattr(inductor_config, HOOK))
     patches = {**patches, HOOK: CacheKey(structure, user_hook)}
     fake_mode = TracingContext.get().fake_mode

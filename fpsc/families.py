@@ -20,11 +20,19 @@ class Family:
 
     Attributes:
         convention: key of `fpsc.kernels.rows.CONVENTIONS`.
-        policy: name of the built-in policy that is used when the user names none.
+        policy: name of the built-in policy that is used when the user names none. It is for
+            original weights: whether others were trained for it cannot be seen.
     """
 
     convention: str
     policy: str = "generic"
+
+
+def _wan(model: nn.Module) -> Family:
+    """Wan2.1 1.3B has 12 heads, Wan2.2 TI2V-5B 24. Wan2.2 A14B has the sizes of Wan2.1 14B, whose
+    preset keeps more steps dense in its sampling than its own would."""
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    return Family("flow", {12: "wan-2.1-1.3b", 24: "wan-2.2"}.get(heads or 0, "wan-2.1-14b"))
 
 
 def _cosmos(model: nn.Module) -> Family:
@@ -38,17 +46,19 @@ def _cosmos(model: nn.Module) -> Family:
 
 
 FAMILIES: dict[str, Family | Callable[[nn.Module], Family]] = {
-    "Wan": Family("flow"),
+    "Wan": _wan,
     "SkyReelsV2": Family("flow"),
     "ChronoEdit": Family("flow"),
     "AnyFlow": Family("flow"),
     "Helios": Family("flow"),
-    "HunyuanVideo": Family("flow"),
-    "CogVideoX": Family("flow"),
-    "ConsisID": Family("flow"),
-    "LTXVideo": Family("flow"),
+    "HunyuanVideo15": Family("flow"),
+    "HunyuanVideoFramepack": Family("flow"),
+    "HunyuanVideo": Family("flow", "hunyuan-video"),
+    "CogVideoX": Family("flow", "cogvideox"),
+    "ConsisID": Family("flow", "cogvideox"),  # finetuned from CogVideoX-5B
+    "LTXVideo": Family("flow", "ltx-video"),
     "LTX2Video": Family("flow"),
-    "Mochi": Family("reversed"),
+    "Mochi": Family("reversed", "mochi"),
     "Allegro": Family("flow"),
     "EasyAnimate": Family("flow"),
     "Latte": Family("flow"),
@@ -61,7 +71,7 @@ FAMILIES: dict[str, Family | Callable[[nn.Module], Family]] = {
     "MotifVideo": Family("flow"),
     "JoyImageEdit": Family("flow"),
 }
-"""Families by the beginning of their transformers' class names."""
+"""Families by the beginning of their transformers' class names; the first that fits."""
 
 
 def family_of(model: nn.Module | None) -> Family | None:

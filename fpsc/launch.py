@@ -24,7 +24,7 @@ from fpsc.passes.infer_grid import Found
 from fpsc.passes.rewrite import PLAN, PREFIX, Rewritten
 from fpsc.policy.resolve import GROUPINGS, MODES, PATTERNS, ROWS
 from fpsc.report import Report, log
-from fpsc.runtime import ModelState, Span
+from fpsc.runtime import ModelState, Span, StructureError
 
 _DYNAMIC = 5
 """Hint for sizes that differ between models and grids; 0 and 1 would be specialised."""
@@ -60,6 +60,8 @@ class Launcher:
         self.rewritten = rewritten
         self.state = state
         self.report = report
+        self._chosen = state.chosen
+        self.structure = state.structure
         self.compiled: Callable[..., Any] | None = None
         placeholders = program.placeholders
         self._timestep = placeholders.index(timestep) if timestep is not None else None
@@ -78,6 +80,11 @@ class Launcher:
     def __call__(self, *args: Any) -> Any:
         assert self.compiled is not None
         state = self._state(args)
+        if state.structure != self.structure:
+            raise StructureError(
+                f"fpsattn: this code was compiled for {self.structure}, and the policy of the "
+                f"model now has {state.structure}; torch._dynamo.reset() compiles it again"
+            )
         outputs = self.compiled(*args, *self._tables(state, args))
         if self.rewritten.returns_rows:
             *outputs, rows = outputs
@@ -151,7 +158,9 @@ class Launcher:
         fresh = state is None
         if state is None:
             own = self.state
-            state = ModelState(root.module, own.policy, own.options, own.convention)
+            # `set_policy` may have given the other model a policy that this code is not for.
+            chosen = own.chosen if own.structure == self.structure else self._chosen
+            state = ModelState(root.module, chosen, own.options, own.convention)
             runtime.remember_root(root.module, state)
         runtime.remember(weights, state)
         state.table(self._heads, self._device)

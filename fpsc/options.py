@@ -41,7 +41,10 @@ class Options(BaseModel):
     """What a user may say to the backend.
 
     Attributes:
-        policy: name of a built-in policy or path of a file; None picks one for the model.
+        policy: name of a built-in policy, path of a file, or hub id of a repository that holds one;
+            None picks one for the model.
+        component: name of the model in its pipeline (`transformer_2`), for policies that treat the
+            transformers of a pipeline differently; None where diffusers loaded it and knows.
         strict: raise instead of warn when a video self-attention is left dense.
         grid: (T, Y, X), where neither graph nor latent shows it.
         timestep: how to read the timestep.
@@ -55,6 +58,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     policy: str | None = None
+    component: str | None = None
     strict: bool = False
     grid: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     timestep: Timestep = Timestep()

@@ -7,24 +7,29 @@ on the root module writes it here before every forward.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fpsc import roots
+from fpsc.choice import Choice, for_component
 from fpsc.grid import layout
 from fpsc.kernels.rows import noise_level, noise_rows
 from fpsc.kernels.select import fp8_support
 from fpsc.options import Options
 from fpsc.passes.rewrite import PLAN
 from fpsc.policy import Policy, find
+from fpsc.policy.lookup import hub_id_of
 from fpsc.policy.resolve import ROWS, Plan, Table, plan, resolve
-from fpsc.report import Phase
+from fpsc.report import Phase, Site
 
 TABLE_FIELDS = ("edges", "cells", "modes")
 
@@ -87,17 +92,18 @@ class ModelState:
 
     Args:
         root: the model; None when a graph belongs to no module.
-        policy: what its attentions do.
+        chosen: what its attentions do, and where that comes from.
         options: of the backend.
         convention: how its timestep becomes a noise level; None if unknown.
     """
 
     def __init__(
-        self, root: nn.Module | None, policy: Policy, options: Options, convention: str | None
+        self, root: nn.Module | None, chosen: Choice, options: Options, convention: str | None
     ) -> None:
         self._root = weakref.ref(root) if root is not None else lambda: None
-        self.policy = policy
-        self.loaded = policy  # as the options gave it; `set_policy` may have replaced it since
+        self.chosen = chosen
+        self.loaded = chosen.policy  # `set_policy` may have given it another one since
+        self.structure = structure_text(chosen.policy)
         self.options = options
         self.convention = convention
         self.forward = Forward()
@@ -110,6 +116,19 @@ class ModelState:
         self.unknown_layers = False
         self.saw_video = False  # in any of its graphs
         self._hook: Any = None
+
+    @property
+    def policy(self) -> Policy:
+        return self.chosen.policy
+
+    @property
+    def origin(self) -> str:
+        """Where the policy comes from, in words."""
+        return self.chosen.origin
+
+    @property
+    def notes(self) -> list[str]:
+        return self.chosen.notes
 
     @property
     def root(self) -> nn.Module | None:
@@ -210,15 +229,20 @@ class ModelState:
             self._plans[key] = DevicePlan(made, tensors)
         return self._plans[key]
 
-    def set_policy(self, policy: Policy) -> None:
-        """Put another policy's numbers in place of this one's.
+    def take(self, chosen: Choice) -> None:
+        """Put a policy that was found again, and says other numbers now, in place of this one's."""
+        self.loaded = chosen.policy
+        self.set_policy(chosen)
+
+    def check_policy(self, policy: Policy, recompile: bool) -> None:
+        """Whether `set_policy` will work; changes nothing.
 
         Raises:
-            StructureError: the policies differ in tile or in the kinds of kernel they need.
+            StructureError: without `recompile`, the policies differ in their structure.
             PolicyError: a rule names a layer or head that this model does not have.
         """
         before, after = structure_of(self.policy), structure_of(policy)
-        if before != after:
+        if before != after and not recompile:
             changed = ", ".join(
                 f"{name} (compiled with {before[name]}, now {after[name]})"
                 for name in before
@@ -226,13 +250,27 @@ class ModelState:
             )
             raise StructureError(
                 f"policy {policy.name} differs in structure from {self.policy.name}: {changed}; "
-                "compile the model again with it (torch._dynamo.reset(), then torch.compile)"
+                "set_policy(model, policy, recompile=True) compiles the model again at its next "
+                "call"
             )
+        for heads, _, fp8 in self._tables:
+            resolve(policy, layers=self.layers, heads=heads, fp8=fp8)
+
+    def set_policy(self, chosen: Choice) -> None:
+        """Put another policy in place of this one.
+
+        Other numbers are there at the next forward. With another structure the model's compiled
+        code is out of date: its guard fails (`fpsc.guard`), and the model is compiled again.
+
+        Raises:
+            PolicyError: a rule names a layer or head that this model does not have.
+        """
         fresh = {
-            key: resolve(policy, layers=self.layers, heads=key[0], fp8=key[2])
+            key: resolve(chosen.policy, layers=self.layers, heads=key[0], fp8=key[2])
             for key in self._tables
         }
-        self.policy = policy
+        self.chosen = chosen
+        self.structure = structure_text(chosen.policy)
         for key, table in fresh.items():
             held = self._tables[key]
             held.table = table
@@ -355,7 +393,22 @@ def structure_of(policy: Policy) -> dict[str, object]:
         "tile": policy.tile,
         "dtypes": sorted({mode.dtype for mode in policy.modes.values()}),
         "limits.min_tokens": policy.limits.min_tokens,
+        "roles": sorted(policy.roles),
     }
+
+
+def structure_text(policy: Policy) -> str:
+    """The structure of a policy as text, which is quickly compared."""
+    return ", ".join(f"{name} {value}" for name, value in structure_of(policy).items())
+
+
+def mismatches(state: ModelState, policy: Policy, sites: Sequence[Site] = ()) -> list[str]:
+    """One line for each thing that is not what a policy says, under `for`, that it was tuned on."""
+    grids = [site.grid for site in sites if site.replaced and site.grid]
+    grids += [span.grid for span, _ in state._plans]
+    known = next((g for g in grids if all(isinstance(n, int) for n in g)), None)
+    grid = [int(n) for n in known] if known else None
+    return [f"for.{line}" for line in policy.mismatches(model=hub_id_of(state.root), grid=grid)]
 
 
 def _fits(name: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -379,7 +432,12 @@ def remember(weights: Sequence[Tensor], state: ModelState) -> None:
     """Make the weights in front of the sites of a graph known as layers of a model."""
     state.add_layers(weights)
     for weight in weights:
-        _by_weight[weight] = state
+        recognise(weight, state)
+
+
+def recognise(weight: Tensor, state: ModelState) -> None:
+    """Make a weight known as one of a model."""
+    _by_weight[weight] = state
 
 
 def state_of_root(root: nn.Module) -> ModelState | None:
@@ -396,24 +454,68 @@ def states_in(model: nn.Module) -> list[ModelState]:
     return [_by_root[m] for m in inner.modules() if m in _by_root]
 
 
-def set_policy(model: nn.Module, policy: Policy | str) -> None:
-    """Give a compiled model another policy; seen by its next forward, without recompiling.
+def set_policy(model: nn.Module, policy: Policy | str, recompile: bool = False) -> None:
+    """Give a compiled model another policy; seen by its next forward.
+
+    Other numbers (keep, windows, patterns, ranges, rules) recompile nothing. Where the model, or
+    its grid, is not what the policy names under `for`, a warning says so.
 
     Args:
         model: a model that was compiled with this backend and has run, or a module around it.
-        policy: a policy, or a built-in name or path.
+        policy: a policy, or a built-in name, path or hub id.
+        recompile: accept a policy of another structure (tile, dtypes, roles, limits.min_tokens):
+            the model is compiled again at its next call. Other models keep their compiled code.
 
     Raises:
         ValueError: the model was not compiled with this backend.
-        StructureError: the policy differs in structure; the model must be compiled again.
+        StructureError: the policy differs in structure, and `recompile` is not set.
         PolicyError: the policy cannot be read, or names a layer or head that the model lacks.
     """
-    loaded = policy if isinstance(policy, Policy) else find(policy)
+    loaded = find(policy)
+    states = _states_that_ran(model)
+    choices = [
+        Choice(*for_component(loaded, state.root, state.options.component, "given to set_policy"))
+        for state in states
+    ]
+    for state, chosen in zip(states, choices, strict=True):  # before any of them changes
+        state.check_policy(chosen.policy, recompile)
+    for state, chosen in zip(states, choices, strict=True):
+        for line in [*chosen.notes, *mismatches(state, chosen.policy)]:
+            warn(f"fpsattn: {line}", UserWarning, 2)
+        state.set_policy(chosen)
+
+
+def save_policy(
+    model: nn.Module, folder: str | os.PathLike[str], policy: Policy | str | None = None
+) -> Path:
+    """Save a policy beside the weights of a model, where the backend finds it.
+
+    Args:
+        model: a model; without `policy`, one that was compiled with this backend and has run.
+        folder: what `model.save_pretrained` was given.
+        policy: None saves the one that the model has now.
+
+    Returns:
+        The path of the file, `fpsc-policy.yaml`.
+
+    Raises:
+        ValueError: the model has no policy yet, or several.
+        PolicyError: the policy cannot be read.
+    """
+    if policy is not None:
+        return find(policy).save_beside(folder)
+    found = [state.policy for state in _states_that_ran(model)]
+    if any(not other.same_as(found[0]) for other in found):
+        names = ", ".join(p.name for p in found)
+        raise ValueError(f"the models in it have different policies ({names}); save each by itself")
+    return found[0].save_beside(folder)
+
+
+def _states_that_ran(model: nn.Module) -> list[ModelState]:
     states = states_in(model)
     if not states:
         raise ValueError(
             f"{type(model).__name__} has not run with backend='fpsattn' yet; compile it and run it "
             "once, or name the policy in the options"
         )
-    for state in states:
-        state.set_policy(loaded)
+    return states

@@ -17,7 +17,7 @@ from fpsc.passes.infer_grid import Found, Hints, Unfit, infer_grid
 from fpsc.passes.match import Candidate, Role, match
 from fpsc.passes.normalise import normalise
 from fpsc.passes.rewrite import Rewritten, Target, rewrite
-from fpsc.passes.thread import find_timestep, layer_weight
+from fpsc.passes.thread import Weight, find_timestep, layer_weight
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,12 @@ class Limits:
 
     Attributes:
         min_tokens: shorter video spans stay dense.
+        roles: others stay dense.
         head_dims: smallest and largest head_dim that the kernels take.
     """
 
     min_tokens: int = 0
+    roles: frozenset[str] = frozenset({Role.VIDEO, Role.JOINT})
     head_dims: tuple[int, int] = (16, 256)
 
 
@@ -154,12 +156,26 @@ def _decide(
         return (
             f"{tokens} video tokens, fewer than limits.min_tokens {limits.min_tokens} of the policy"
         )
+    if candidate.role not in limits.roles:
+        covered = " and ".join(sorted(limits.roles))
+        return f"role {candidate.role}; the policy covers {covered} attention only (roles)"
     low, high = limits.head_dims
     if not low <= head_dim <= high:
         return f"head_dim {head_dim}; the kernels take {low} to {high}"
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{query.dtype}; the kernels take float32, bfloat16 and float16"
     return Target(candidate, found, layer_weight(program, call.query))
+
+
+def weights_of(analysis: Analysis) -> list[Weight | None]:
+    """The weights by which a call tells its layer: of the targets, or of what could be one."""
+    if analysis.targets:
+        return [target.weight for target in analysis.targets]
+    return [
+        layer_weight(analysis.program, c.call.query)
+        for c in analysis.candidates
+        if c.role in (Role.VIDEO, Role.JOINT) and c.call.query is not None
+    ]
 
 
 def apply(

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 import fpsc
 from fpsc.cli import app
 
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("developing", "policy", "unmeasured")))
+NAMES = ("developing", "patterns", "policy", "tiles", "unmeasured")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,7 @@ def edited(document: Document, changes: Mapping[str, Any]) -> Document:
         except (LookupError, TypeError, ValueError):
             raise KeyError(f"{path}: no such place in {document.file}") from None
     text = _unchanged_lines_kept(document.text, dumps(document.tree), dumps(tree))
-    if parse(text.encode(), document.file).value != _plain(tree, document.file):
+    if not _says(text, _plain(tree, document.file)):
         text = dumps(tree)  # its layout is like nobody's; what it says is what counts
     # Read back, so that positions are those of the text that will be written.
     return parse(text.encode(), document.file, document.folder)
@@ -219,20 +219,36 @@ def _unchanged_lines_kept(text: str, before: str, after: str) -> str:
     `before` says the same as `text`, where lines may be laid out by hand.
     """
     old, ref, new = (t.splitlines(keepends=True) for t in (text, before, after))
-    place = {}
-    for a, b, n in _matches([_words(line) for line in ref], [_words(line) for line in old]):
-        place.update({a + i: b + i for i in range(n)})
+    place: dict[int, str] = {}
+    for _, a, a_end, b, b_end in _opcodes(list(map(_words, ref)), list(map(_words, old)), "equal"):
+        place.update(zip(range(a, a_end), old[b:b_end], strict=True))
     lines = list(new)
-    for a, b, n in _matches(ref, new):
-        for i in range(n):
-            if a + i in place:
-                lines[b + i] = old[place[a + i]]
+    for kind, a, a_end, b, b_end in _opcodes(ref, new, "equal", "replace"):
+        if a_end - a != b_end - b:
+            continue
+        for i, j in zip(range(a, a_end), range(b, b_end), strict=True):
+            kept = place.get(i)
+            if kept is not None and kind == "equal":
+                lines[j] = kept
+            elif kept is not None:  # the value is new, its indentation is the author's
+                lines[j] = kept[: len(kept) - len(kept.lstrip(" "))] + new[j].lstrip(" ")
     newline = "\r\n" if "\r\n" in text else "\n"
     return "".join(line.rstrip("\r\n") + newline if line[-1:] == "\n" else line for line in lines)
 
 
-def _matches(a: Sequence[str], b: Sequence[str]) -> list[difflib.Match]:
-    return difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+def _opcodes(
+    a: Sequence[str], b: Sequence[str], *kinds: str
+) -> list[tuple[str, int, int, int, int]]:
+    """The stretches of two texts that are equal, or replace each other."""
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    return [opcode for opcode in matcher.get_opcodes() if opcode[0] in kinds]
+
+
+def _says(text: str, value: dict[str, Any]) -> bool:
+    try:
+        return parse(text.encode(), "").value == value
+    except PolicyError:
+        return False
 
 
 def _words(line: str) -> str:

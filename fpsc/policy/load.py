@@ -187,6 +187,14 @@ class Policy:
             if None not in (found, expected[field]) and found != expected[field]
         ]
 
+    def same_as(self, other: Policy) -> bool:
+        """Whether both policies say the same, whatever their files are called."""
+        ours, theirs = self.table, other.table
+        tables_agree = ours is theirs or (
+            ours is not None and theirs is not None and ours.same_as(theirs)
+        )
+        return self.spec == other.spec and tables_agree
+
     def error(self, path: doc.Path_, message: str) -> PolicyError:
         """An error about a place in this policy: ("except", 0, "layers")."""
         return PolicyError(self.source, [self.document.problem(path, message)])

@@ -13,10 +13,6 @@ from ..grid import TokenGrid
 from .schema import Sampling
 
 
-def _fifty_steps() -> Sampling:
-    return Sampling(scheduler="FlowMatchEulerDiscreteScheduler", steps=50)
-
-
 @dataclass(frozen=True)
 class ModelSize:
     """What the work of one forward follows from.
@@ -41,7 +37,7 @@ class ModelSize:
     ffn_matrices: int = 2
     text: int = 0
     joint: bool = False
-    sampling: Sampling = field(default_factory=_fifty_steps)
+    sampling: Sampling = field(default_factory=lambda: _euler(50))
 
     @property
     def width(self) -> int:

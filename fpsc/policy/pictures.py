@@ -5,8 +5,7 @@ Drawn with matplotlib, which is an extra: `pip install "fpsc[pictures]"`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -29,6 +28,10 @@ MAX_WINDOWS = 4
 """Modes whose windows are drawn; a policy with more is better drawn mode by mode."""
 
 
+MAX_SIDE_BY_SIDE = 5
+"""Time slabs up to which the maps of two query tiles share a line."""
+
+
 def policy_figure(account: Account, levels: Sequence[float] = ()) -> Figure:
     """Everything about a policy on one page: the run, keep by noise and layer, the windows.
 
@@ -37,9 +40,7 @@ def policy_figure(account: Account, levels: Sequence[float] = ()) -> Figure:
     policy, size = account.policy, account.size
     tile = policy.tile_for(size.grid)
     shown = _distinct(policy.modes)[:MAX_WINDOWS]
-    heights = (
-        [1.5] * bool(levels) + [2.3] + [1.1 + 0.25 * _rows_of_slabs(size.grid, tile)] * len(shown)
-    )
+    heights = [1.6] * bool(levels) + [2.4] + [_height(size.grid, tile)] * len(shown)
     figure = Figure(figsize=(10, sum(heights) + 1.1), layout="constrained", facecolor="white")
     figure.suptitle(f"{policy.name}  on  {size.name}", fontsize=12, fontweight="bold")
     parts = figure.add_gridspec(len(heights), 1, height_ratios=heights)
@@ -52,7 +53,9 @@ def policy_figure(account: Account, levels: Sequence[float] = ()) -> Figure:
     keep_heatmap(figure.add_subplot(both[1]), account, axis="head")
     figure.colorbar(heat, ax=figure.axes[-2:], label="keep", fraction=0.03, pad=0.01)
     for i, (name, mode) in enumerate(shown, start=row + 1):
-        window(figure.add_subplot(parts[i]), pattern_of(mode), size.grid, tile, title=name)
+        pattern = pattern_of(mode)
+        words = window_title(name, pattern, size.grid, tile)
+        window(figure.add_subplot(parts[i]), pattern, size.grid, tile, title=words)
     return figure
 
 
@@ -82,7 +85,14 @@ def steps(axes: Axes, account: Account, levels: Sequence[float]) -> None:
     )
     handles: list[Any] = [Patch(color=colour, label=name) for name, colour in colours.items()]
     handles += axes.get_lines()
-    axes.legend(handles=handles, loc="lower left", fontsize=8, ncols=len(handles), framealpha=0.9)
+    axes.legend(
+        handles=handles,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        fontsize=8,
+        ncols=len(handles),
+        frameon=False,
+    )
     _plain(axes)
 
 
@@ -121,58 +131,56 @@ def window(
 ) -> None:
     """What a tile in the middle, and one in a corner, see: a map of each time slab of tiles.
 
-    Drawn to scale in tokens; the query tile is red.
+    Drawn to scale in tokens, time from left to right; the query tile is red.
     """
     tiles = tile_grid(grid, tile)
     queries = {"middle": (tiles.t // 2, tiles.y // 2, tiles.x // 2), "corner": (0, 0, 0)}
-    columns, gap = _columns(grid, tile), 0.06 * grid.x
-    rows = math.ceil(tiles.t / columns)
-    width, height = columns * (grid.x + gap), rows * (grid.y * 1.12)
     boxes: dict[str, list[Rectangle]] = {QUERY: [], SEEN: [], UNSEEN: []}
-    for place, (_, query) in enumerate(queries.items()):
+    slab, line = grid.x * 1.06, grid.y * 1.35
+    for place, (name, query) in enumerate(queries.items()):
         seen = _seen(pattern, tiles, tile, query)
-        left = place * (width + 2 * gap)
+        # Both maps on one line as long as that leaves them large enough to read.
+        left, top = (place * (tiles.t * slab + grid.x * 0.2), 0.0)
+        if tiles.t > MAX_SIDE_BY_SIDE:
+            left, top = 0.0, place * line
         for t, y, x in np.ndindex(tiles):
-            corner = (
-                left + (t % columns) * (grid.x + gap) + x * tile.x,
-                (t // columns) * grid.y * 1.12 + y * tile.y,
-            )
+            corner = left + t * slab + x * tile.x, top + y * tile.y
             size = min(tile.x, grid.x - x * tile.x), min(tile.y, grid.y - y * tile.y)
             colour = QUERY if (t, y, x) == query else SEEN if seen[t, y, x] else UNSEEN
             boxes[colour].append(Rectangle(corner, *size))
+        axes.text(left, top - 0.05 * grid.y, f"a tile in the {name}", fontsize=7, color="#555555")
     for colour, rectangles in boxes.items():
         axes.add_collection(
-            PatchCollection(rectangles, facecolor=colour, edgecolor="white", linewidth=0.35)
+            PatchCollection(rectangles, facecolor=colour, edgecolor="white", linewidth=0.3)
         )
-    axes.set(xlim=(0, 2 * width + 2 * gap), ylim=(height, -2), aspect="equal")
+    beside = tiles.t <= MAX_SIDE_BY_SIDE
+    axes.set(
+        xlim=(0, 2 * tiles.t * slab + grid.x * 0.2 if beside else tiles.t * slab),
+        ylim=(grid.y if beside else line + grid.y, -0.3 * grid.y),
+        aspect="equal",
+        anchor="W",
+    )
     axes.set_axis_off()
-    keep = fraction(pattern, tiles)
+    axes.set_title(title, loc="left", fontsize=9)
+
+
+def window_title(name: str, pattern: Pattern, grid: TokenGrid, tile: TileShape) -> str:
+    """What `window` shows, in words."""
     t, y, x = tile
-    axes.set_title(
-        f"{title}: {describe(pattern)}, keep {keep:.2f}; tiles of {t}x{y}x{x} tokens, "
-        f"{tiles.t} in time side by side; left for a tile in the middle, right in a corner",
-        loc="left",
-        fontsize=9,
+    return (
+        f"{name}: {describe(pattern)}, keep {fraction(pattern, tile_grid(grid, tile)):.2f}; "
+        f"tiles of {t}x{y}x{x} tokens, time from left to right"
     )
 
 
-def patterns_figure(
-    patterns: dict[str, Pattern],
-    grid: Sequence[int] = (15, 30, 52),
-    tile: Sequence[int] = (3, 6, 4),
-) -> Figure:
-    """One row for each pattern: what a tile in the middle and one in a corner see."""
-    figure = Figure(figsize=(10, 1.35 * len(patterns)), layout="constrained", facecolor="white")
-    for axes, (name, pattern) in zip(
-        figure.subplots(len(patterns), 1), patterns.items(), strict=True
-    ):
-        window(axes, pattern, TokenGrid(*grid), TileShape(*tile), title=name)
-        keep = fraction(pattern, tile_grid(TokenGrid(*grid), TileShape(*tile)))
-        axes.set_title(
-            f"{name}  (keep {keep:.2f})",
-            loc="left",
-            fontsize=9,
-        )
+def patterns_figure(patterns: Mapping[str, Pattern]) -> Figure:
+    """One row for each pattern, on a grid of 5 x 5 x 13 tiles."""
+    grid, tile = TokenGrid(15, 30, 52), TileShape(3, 6, 4)
+    figure = Figure(figsize=(10, 0.95 * len(patterns)), layout="constrained", facecolor="white")
+    rows = figure.subplots(len(patterns), 1)
+    for axes, (name, pattern) in zip(rows, patterns.items(), strict=True):
+        keep = fraction(pattern, tile_grid(grid, tile))
+        window(axes, pattern, grid, tile, title=f"{name}  (keep {keep:.2f})")
     return figure
 
 
@@ -197,15 +205,12 @@ def _seen(
     return visible(pattern, tiles, tile, t)[y * tiles.x + x].reshape(tiles)
 
 
-def _columns(grid: TokenGrid, tile: TileShape) -> int:
-    """Time slabs side by side: as many as make a picture about five times as wide as high."""
+def _height(grid: TokenGrid, tile: TileShape) -> float:
+    """Inches that the maps of a window need on a page of 10."""
     slabs = tile_grid(grid, tile).t
-    best = math.sqrt(slabs * 2.6 * grid.y / grid.x)
-    return max(1, min(slabs, round(best)))
-
-
-def _rows_of_slabs(grid: TokenGrid, tile: TileShape) -> int:
-    return math.ceil(tile_grid(grid, tile).t / _columns(grid, tile))
+    maps = 2 * slabs if slabs <= MAX_SIDE_BY_SIDE else slabs
+    lines = 1 if slabs <= MAX_SIDE_BY_SIDE else 2
+    return lines * 1.45 * grid.y / grid.x * 9.5 / maps + 0.35
 
 
 def _distinct(modes: dict[str, Mode]) -> list[tuple[str, Mode]]:

@@ -58,6 +58,11 @@ class Choices:
     modes: tuple[str, ...]
     cells: np.ndarray
 
+    def same_as(self, other: Choices) -> bool:
+        """Whether both hold the same choices."""
+        named = (self.noise, self.modes) == (other.noise, other.modes)
+        return named and np.array_equal(self.cells, other.cells)
+
     @property
     def layers(self) -> int:
         return int(self.cells.shape[1])

@@ -103,6 +103,7 @@ def test_the_table_says_what_a_reader_of_the_file_would(p: Policy, noises: list[
                 assert table.mode_names[table.cells[layer, row, head]] == expected
                 cell = table.describe(row, layer, head)
                 assert (cell.mode, cell.rule) == (expected, place)
+                assert table.lines(row, layer, head)[-1] == cell
 
 
 def row_by_contract(table: Table, noise: float) -> int:
