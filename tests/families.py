@@ -420,7 +420,9 @@ def _minimax(grid: TokenGrid, batch: int) -> dict[str, Any]:
         "timestep": torch.tensor([0.3, 0.7]),
         "timestep_indices": torch.zeros(sequence, dtype=torch.int64).index_fill(0, audio, 1),
         "token_tags": torch.tensor([1] * TEXT + [2] * AUDIO + [0] * grid.tokens),
-        "position_ids": torch.cat([text[:, None].expand(-1, 3), audio[:, None].expand(-1, 3), places]),
+        "position_ids": torch.cat(
+            [text[:, None].expand(-1, 3), audio[:, None].expand(-1, 3), places]
+        ),
         "video_indices": video,
         "audio_indices": audio,
         "text_indices": text,
