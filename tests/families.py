@@ -561,7 +561,7 @@ MODELS = (
     Model("SkyReelsV2Transformer3DModel/diffusion forcing", WAN, _forcing),
     Model(
         "SkyReelsV2Transformer3DModel/causal blocks",
-        {**WAN, "num_frame_per_block": 3},
+        WAN,
         sized=lambda grid: {"num_frame_per_block": grid.t},
     ),
     Model("ChronoEditTransformer3DModel", WAN),
