@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import sympy
@@ -323,6 +323,9 @@ def _from_latent(
     grids = {i: _vote(_count(events, lengths[i], path)) for i in video}
     fitting = [(i, grid) for i, grid in grids.items() if grid is not None]
     if not fitting:
+        joined = _rejoined(streams, candidate.segments)
+        if len(joined) < len(lengths):
+            return _from_latent(streams, replace(candidate, segments=joined), events, hints, now)
         return Unfit(
             f"no reshape to or from (T, Y, X) found for a sequence of {lengths} tokens that comes "
             'from a latent, or several that differ; state the grid with options={"grid": [T, Y, X]}'
@@ -336,6 +339,25 @@ def _from_latent(
         )
     index, grid = fitting[0]
     return _spans(candidate.segments, index, grid, "graph")
+
+
+def _rejoined(streams: Streams, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Segments, with neighbours joined that are neighbouring spans of one video.
+
+    A first frame that is modulated apart from the others is sliced off and put back.
+    """
+    found: list[Segment] = []
+    spans: list[tuple[fx.Node, Dim, Dim] | None] = []
+    for segment in segments:
+        span = streams.span_of(segment)
+        last = spans[-1] if spans else None
+        if span and last and span[0] is last[0] and same(span[1], last[2]):
+            found[-1] = Segment(found[-1].length + segment.length, found[-1].node)
+            spans[-1] = (last[0], last[1], span[2])
+        else:
+            found.append(segment)
+            spans.append(span)
+    return tuple(found)
 
 
 def _current(program: Program) -> dict[sympy.Symbol, int]:

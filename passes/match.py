@@ -236,27 +236,8 @@ def _segments(streams: Streams, query: fx.Node, length: Dim) -> tuple[Segment, .
     for node in streams.program.walk_back(query, stop=lambda n: n in streams.attention):
         operands = _concatenated(node, length)
         if operands and streams.holds_video(operands):
-            return _rejoined(streams, [s for o in operands for s in _parts(streams, o)])
+            return tuple(s for o in operands for s in _parts(streams, o))
     return (Segment(length, query),)
-
-
-def _rejoined(streams: Streams, segments: list[Segment]) -> tuple[Segment, ...]:
-    """Segments, with neighbours joined that are neighbouring spans of one video.
-
-    A first frame that is modulated apart from the others is sliced off and put back.
-    """
-    found: list[Segment] = []
-    spans: list[tuple[fx.Node, Dim, Dim] | None] = []
-    for segment in segments:
-        span = streams.span_of(segment)
-        last = spans[-1] if spans else None
-        if span and last and span[0] is last[0] and same(span[1], last[2]):
-            found[-1] = Segment(found[-1].length + segment.length, found[-1].node)
-            spans[-1] = (last[0], last[1], span[2])
-        else:
-            found.append(segment)
-            spans.append(span)
-    return tuple(found)
 
 
 def _parts(streams: Streams, segment: Segment) -> tuple[Segment, ...]:
