@@ -76,8 +76,10 @@ FAMILIES: dict[str, Family | Callable[[nn.Module], Family]] = {
 
 def family_of(model: nn.Module | None) -> Family | None:
     """The family that a model, or one of its base classes, belongs to."""
-    for cls in type(model).__mro__ if model is not None else ():
+    if model is None:
+        return None
+    for cls in type(model).__mro__:
         for prefix, family in FAMILIES.items():
             if cls.__name__.startswith(prefix):
-                return family if isinstance(family, Family) else family(cast(nn.Module, model))
+                return family if isinstance(family, Family) else family(model)
     return None

@@ -8,13 +8,14 @@ any model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 from fpsc.passes.calls import AttentionCall
 from fpsc.passes.graph import (
@@ -91,6 +92,10 @@ def infer_grid(program: Program, candidates: list[Candidate], hints: Hints) -> l
     """For each candidate its grid, or the reason why it stays dense."""
     streams = Streams(program, frozenset(c.call.node for c in candidates))
     events = raster_events(program)
+    if streams.latents:
+        now = _current(program)
+        sizes = [s[1:] for node in streams.latents if (s := shape(node)) is not None]
+        events = [e for e in events if _divides_a_latent(e.grid, sizes, now)]
     tables = [] if streams.latents else [_table_votes(program, c, events) for c in candidates]
     found: list[Found | Unfit] = []
     for index, candidate in enumerate(candidates):
@@ -99,7 +104,7 @@ def infer_grid(program: Program, candidates: list[Candidate], hints: Hints) -> l
         elif reason := _moved(streams, candidate):
             found.append(Unfit(reason))
         elif streams.latents:
-            found.append(_from_latent(streams, candidate, events, hints))
+            found.append(_from_latent(streams, candidate, events, hints, now))
         elif any(tables) and not tables[index]:
             found.append(
                 Unfit(
@@ -250,10 +255,27 @@ def _vote(votes: Counter[Grid]) -> Grid | None:
     return best[0][0]
 
 
+def _whole(length: Dim) -> Dim:
+    """A length without d * (n // d), which is n: a reshape that leaves one axis open divides."""
+    factors = list(length.args) if isinstance(length, sympy.Mul) else []
+    for quotient in factors:
+        if not isinstance(quotient, FloorDiv):
+            continue
+        others = [f for f in factors if f is not quotient]
+        divisor = quotient.args[1]
+        parts = divisor.args if isinstance(divisor, sympy.Mul) else [divisor]
+        if all(part in others for part in parts):
+            for part in parts:
+                others.remove(part)
+            return _whole(product([quotient.args[0], *others]))
+    return length
+
+
 def _count(events: list[Event], length: Dim, path: set[fx.Node], others: int = 1) -> Counter[Grid]:
     votes: Counter[Grid] = Counter()
+    whole = _whole(length)
     for event in events:
-        if same(event.length, length):
+        if same(_whole(event.length), whole):
             votes[event.grid] += 3 if event.node in path else others
     return +votes
 
@@ -282,7 +304,11 @@ def _table_votes(
 
 
 def _from_latent(
-    streams: Streams, candidate: Candidate, events: list[Event], hints: Hints
+    streams: Streams,
+    candidate: Candidate,
+    events: list[Event],
+    hints: Hints,
+    now: Mapping[sympy.Symbol, int],
 ) -> Found | Unfit:
     lengths = [s.length for s in candidate.segments]
     video = [i for i, s in enumerate(candidate.segments) if streams.is_video(s.node)]
@@ -294,16 +320,18 @@ def _from_latent(
     if hints.origin == "options":
         return _from_hints(candidate, hints, video)
     path = _path(streams.program, candidate.call, lambda n: n in streams.attention)
-    events = [e for e in events if _divides_a_latent(e.grid, streams.latents)]
     grids = {i: _vote(_count(events, lengths[i], path)) for i in video}
     fitting = [(i, grid) for i, grid in grids.items() if grid is not None]
     if not fitting:
+        joined = _rejoined(streams, candidate.segments)
+        if len(joined) < len(lengths):
+            return _from_latent(streams, replace(candidate, segments=joined), events, hints, now)
         return Unfit(
             f"no reshape to or from (T, Y, X) found for a sequence of {lengths} tokens that comes "
             'from a latent, or several that differ; state the grid with options={"grid": [T, Y, X]}'
         )
     if len(fitting) > 1:
-        fitting = _longest(lengths, fitting)
+        fitting = _longest([_value(length, now) for length in lengths], fitting)
     if len(fitting) > 1:
         return Unfit(
             f"several spans of {lengths} tokens come from a latent; which of them is the video "
@@ -313,29 +341,71 @@ def _from_latent(
     return _spans(candidate.segments, index, grid, "graph")
 
 
-def _divides_a_latent(grid: Grid, latents: Iterable[fx.Node]) -> bool:
+def _rejoined(streams: Streams, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Segments, with neighbours joined that are neighbouring spans of one video.
+
+    A first frame that is modulated apart from the others is sliced off and put back.
+    """
+    found: list[Segment] = []
+    spans: list[tuple[fx.Node, Dim, Dim] | None] = []
+    for segment in segments:
+        span = streams.span_of(segment)
+        last = spans[-1] if spans else None
+        if span and last and span[0] is last[0] and same(span[1], last[2]):
+            found[-1] = Segment(found[-1].length + segment.length, found[-1].node)
+            spans[-1] = (last[0], last[1], span[2])
+        else:
+            found.append(segment)
+            spans.append(span)
+    return tuple(found)
+
+
+def _current(program: Program) -> dict[sympy.Symbol, int]:
+    """What the symbols of a graph stand for in the call that it is traced for."""
+    values = [example(node) for node in program.placeholders]
+    sizes = [
+        size
+        for value in values
+        for size in (value.shape if isinstance(value, torch.Tensor) else [value])
+        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+    ]
+    return {size.node.expr: size.node.hint for size in sizes if size.node.has_hint()}
+
+
+def _value(size: Dim, now: Mapping[sympy.Symbol, int]) -> int | None:
+    """A size in the call that a graph is traced for; None where it depends on data."""
+    value = size if isinstance(size, int) else size.xreplace(now)
+    return int(value) if isinstance(value, int) or value.is_Integer else None
+
+
+def _divides_a_latent(
+    grid: Grid, latents: Iterable[Sequence[Dim]], now: Mapping[sympy.Symbol, int]
+) -> bool:
     """Whether a latent can be cut into such a grid by patches that are as high as wide.
 
     Heads and windows are reshaped too, and their sizes may multiply to the number of tokens. Where
-    sizes are symbols nothing is ruled out.
+    sizes depend on data nothing is ruled out.
+
+    Args:
+        latents: sizes of each latent, without its batch.
     """
-    sizes = [s[1:] for node in latents if (s := shape(node)) is not None]
-    if not all(isinstance(n, int) for s in (grid, *sizes) for n in s):
+    known = [_value(n, now) for n in grid]
+    sizes = [[_value(n, now) for n in latent] for latent in latents]
+    if None in (*known, *(n for latent in sizes for n in latent)):
         return True
     return any(
-        t % grid[0] == y % grid[1] == x % grid[2] == 0 and y // grid[1] == x // grid[2]
-        for s in sizes
-        for t, y, x in combinations(s, 3)
+        t % known[0] == y % known[1] == x % known[2] == 0 and y // known[1] == x // known[2]  # type: ignore[operator]
+        for latent in sizes
+        for t, y, x in combinations(latent, 3)
     )
 
 
-def _longest(lengths: list[Dim], fitting: list[tuple[int, Grid]]) -> list[tuple[int, Grid]]:
+def _longest(lengths: list[int | None], fitting: list[tuple[int, Grid]]) -> list[tuple[int, Grid]]:
     """Of several spans of video the longest: the others are what it is conditioned on."""
-    sizes = [lengths[i] for i, _ in fitting]
-    if not all(isinstance(size, int) for size in sizes):
+    known = [length for i, _ in fitting if (length := lengths[i]) is not None]
+    if len(known) < len(fitting):
         return fitting
-    longest = max(size for size in sizes if isinstance(size, int))
-    return [f for f, size in zip(fitting, sizes, strict=True) if size == longest]
+    return [f for f, length in zip(fitting, known, strict=True) if length == max(known)]
 
 
 def _from_tables(candidate: Candidate, votes: dict[int, Counter[Grid]]) -> Found | Unfit:

@@ -34,6 +34,8 @@ _MIXING = frozenset(
 )
 """Calls that may move tokens along an axis whose length they keep."""
 
+_ELEMENTWISE = frozenset(["add", "mul", "sub", "to", "type_as", "float", "contiguous"])
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -86,6 +88,21 @@ class Streams:
     def holds_video(self, segments: Sequence[Segment]) -> bool:
         """Whether one of these spans is video; true of all where the graph has no latent."""
         return not self.latents or any(self.is_video(s.node) for s in segments)
+
+    def span_of(self, segment: Segment) -> tuple[fx.Node, Dim, Dim] | None:
+        """The tensor that a video segment was sliced from, elementwise calls ago, and where."""
+        if not self.latents or not self.is_video(segment.node):
+            return None
+        queue = [segment.node]
+        for node in queue:
+            sliced, sizes = _slice_of(node), shape(node)
+            if sliced is not None:
+                source, span = sliced
+                along = sizes is not None and same(sizes[span.axis], segment.length)
+                return (source, span.start, span.stop) if along else None
+            if op_name(node) in _ELEMENTWISE:
+                queue += [n for n in node.all_input_nodes if shape(n) == sizes and n not in queue]
+        return None
 
     def _walk(self, node: fx.Node) -> Iterator[fx.Node]:
         start: tuple[fx.Node, _Span | None] = (node, None)

@@ -33,6 +33,7 @@ class Model:
         given: arguments of forward that are not derived from its signature, for (grid, batch).
         flags: settings of Dynamo without which the model is not one graph.
         sized: settings that a grid decides.
+        options: of the backend, where the graph alone does not say enough.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Model:
     given: Arguments = lambda grid, batch: {}
     flags: dict[str, bool] = field(default_factory=dict)
     sized: Callable[[TokenGrid], dict[str, Any]] = lambda grid: {}
+    options: Callable[[TokenGrid], dict[str, Any]] = lambda grid: {}
 
     @property
     def name(self) -> str:
@@ -104,7 +106,9 @@ HUNYUAN: dict[str, Any] = {
     "text_embed_dim": 16,
     "pooled_projection_dim": 8,
     "rope_axes_dim": (4, 6, 6),
+    "guidance_embeds": True,
 }
+TOKEN_REPLACE = {"image_condition_type": "token_replace"}
 COGVIDEOX: dict[str, Any] = {
     **HEADS,
     "in_channels": 4,
@@ -198,6 +202,22 @@ def _per_token(grid: TokenGrid, batch: int) -> dict[str, Any]:
     return {"timestep": torch.full((batch, grid.tokens), 500)}
 
 
+def _forcing(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    return {"timestep": torch.full((batch, grid.t), 500), "enable_diffusion_forcing": True}
+
+
+def _coordinates(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    """Positions as numbers: no grid in the graph; and a timestep for every token."""
+    places = torch.cartesian_prod(*(torch.arange(n) for n in grid_sizes(grid)))
+    return {
+        "video_coords": places.T.float().expand(batch, -1, -1),
+        "timestep": torch.full((batch, grid.tokens), 500),
+        "num_frames": None,
+        "height": None,
+        "width": None,
+    }
+
+
 def _vace(grid: TokenGrid, batch: int) -> dict[str, Any]:
     return {"control_hidden_states_scale": torch.ones(2)}
 
@@ -285,6 +305,10 @@ def _allegro(grid: TokenGrid, batch: int) -> dict[str, Any]:
     return {
         "image_rotary_emb": (tables, places),
     }
+
+
+def _cosmos(grid: TokenGrid, batch: int) -> dict[str, Any]:
+    return {"timestep": torch.full((batch,), 0.25)}  # ln(sigma) / 4
 
 
 def _cosmos_frames(grid: TokenGrid, batch: int) -> dict[str, Any]:
@@ -532,6 +556,12 @@ MODELS = (
         _animate,
     ),
     Model("SkyReelsV2Transformer3DModel", WAN),
+    Model("SkyReelsV2Transformer3DModel/diffusion forcing", WAN, _forcing),
+    Model(
+        "SkyReelsV2Transformer3DModel/causal blocks",
+        WAN,
+        sized=lambda grid: {"num_frame_per_block": grid.t},
+    ),
     Model("ChronoEditTransformer3DModel", WAN),
     Model(
         "AnyFlowTransformer3DModel",
@@ -540,6 +570,7 @@ MODELS = (
     ),
     Model("HeliosTransformer3DModel", HELIOS, _helios),
     Model("HunyuanVideoTransformer3DModel", HUNYUAN),
+    Model("HunyuanVideoTransformer3DModel/image", {**HUNYUAN, **TOKEN_REPLACE}),
     Model(
         "HunyuanVideo15Transformer3DModel",
         {
@@ -607,6 +638,13 @@ MODELS = (
         _easyanimate,
     ),
     Model("LTXVideoTransformer3DModel", LTX),
+    Model("LTXVideoTransformer3DModel/coordinates", LTX, _coordinates),
+    Model(
+        "LTXVideoTransformer3DModel/coordinates, grid stated",
+        LTX,
+        _coordinates,
+        options=lambda grid: {"grid": grid_sizes(grid)},
+    ),
     Model("LTX2VideoTransformer3DModel", LTX2, _ltx2),
     Model(
         "MochiTransformer3DModel",
@@ -653,7 +691,7 @@ MODELS = (
         NO_MASK,
         sized=lambda grid: {"video_length": grid.t},
     ),
-    Model("CosmosTransformer3DModel/1", COSMOS),
+    Model("CosmosTransformer3DModel/1", COSMOS, _cosmos),
     Model(
         "CosmosTransformer3DModel/2",
         {**COSMOS, "extra_pos_embed_type": None},
@@ -771,6 +809,12 @@ MODELS = (
         _sana_wm,
     ),
     Model("SanaWMLTX2RefinerTransformer3DModel", REFINER, _refiner),
+    Model(
+        "SanaWMLTX2RefinerTransformer3DModel/grid stated",
+        REFINER,
+        _refiner,
+        options=lambda grid: {"grid": grid_sizes(grid)},
+    ),
     Model("SanaWMLTX2RefinerTransformer3DModel/cache", REFINER, _refiner_cached),
     Model(
         "TransformerTemporalModel",

@@ -14,12 +14,19 @@ from diffusers.models import transformers
 from torch import Tensor
 
 import fpsc
-from bench.families import PAGE, analyse, page
+from bench.families import PAGE, WORST, analyse, page
+from bench.family_runs import GRIDS as RUN
+from bench.family_runs import first, run
 from fpsc import backend
+from fpsc.families import family_of
+from fpsc.kernels.rows import CONVENTIONS
+from fpsc.passes import manager
 from fpsc.passes.match import Role
-from tests.families import MODELS, TEXT, Model
+from tests.families import COSMOS, MODELS, TEXT, Model
+from tests.passes import foreign
+from tests.passes.test_spellings import capture
 
-GRIDS = [(3, 4, 5), (1, 4, 5), (4, 4, 4)]
+GRIDS = [(1, 4, 5), (4, 4, 4)]  # beside those that every model runs on
 BY_KEY = {model.key: model for model in MODELS}
 
 VIDEO = {
@@ -29,9 +36,11 @@ VIDEO = {
     "WanVACETransformer3DModel": 4,  # main and control blocks
     "WanAnimateTransformer3DModel": 2,
     "SkyReelsV2Transformer3DModel": 2,
+    "SkyReelsV2Transformer3DModel/diffusion forcing": 2,
     "ChronoEditTransformer3DModel": 2,
     "AnyFlowTransformer3DModel": 2,
     "HunyuanVideoTransformer3DModel": 3,
+    "HunyuanVideoTransformer3DModel/image": 3,
     "CogVideoXTransformer3DModel/2B": 2,
     "CogVideoXTransformer3DModel/5B": 2,
     "CogVideoXTransformer3DModel/1.5": 2,
@@ -43,6 +52,7 @@ VIDEO = {
     "Kandinsky5Transformer3DModel": 2,
     "Kandinsky6Transformer3DModel": 2,
     "JoyImageEditTransformer3DModel": 2,
+    "SanaWMTransformer3DModel": 2,  # tokens and cameras
 }
 """Replaced attentions of the tiny models, on any grid; all their video self-attentions."""
 
@@ -56,6 +66,18 @@ DENSE = {
     "MochiTransformer3DModel": "length that depends on data",
     "HunyuanVideoFramepackTransformer3DModel": "length that depends on data",
     "HunyuanVideo15Transformer3DModel": "this graph has no latent",
+    "SkyReelsV2Transformer3DModel/causal blocks": "mask of shape [1, 1, 60, 60]",
+    "LTXVideoTransformer3DModel/coordinates": 'options={"grid": [T, Y, X]}',
+    "AnyFlowFARTransformer3DModel": "block mask",
+    "AnyFlowFARTransformer3DModel/cache": "earlier frames",
+    "Cosmos3OmniTransformer": "keys of text",
+    "JoyImageEditPlusTransformer3DModel": "66 tokens are joined from [60, 6]",
+    "MiniMaxH3Transformer3DModel": "indices that are data (index_copy)",
+    "SanaWMLTX2RefinerTransformer3DModel": 'options={"grid": [T, Y, X]}',
+    "SanaWMLTX2RefinerTransformer3DModel/cache": "earlier frames",
+    "TransformerTemporalModel": "batch merged from [1, 4, 5]",
+    "WanAnimate2Transformer3DModel/reference": "a graph break lies before this attention",
+    "WanAnimate2Transformer3DModel/cache": "block mask",
 }
 """Models of which nothing is replaced, with the words that say why."""
 
@@ -63,6 +85,19 @@ PARTLY = {
     "HeliosTransformer3DModel": (2, ""),
     "MotifVideoTransformer3DModel": (2, "several spans of [60, 60] tokens"),
 }
+
+STATED = {
+    "LTXVideoTransformer3DModel/coordinates, grid stated": 2,
+    "SanaWMLTX2RefinerTransformer3DModel/grid stated": 2,
+}
+"""Replaced on the grid that the options state, and left dense on any other."""
+
+UNPADDED = [
+    "MochiTransformer3DModel",
+    "HunyuanVideoFramepackTransformer3DModel",
+    "HunyuanVideo15Transformer3DModel",
+]
+"""Models that drop padding, so that a length depends on data."""
 
 PREFIX = {"CogVideoX": TEXT, "ConsisID": TEXT, "EasyAnimate": TEXT, "Helios": 28}
 SUFFIX = {"HunyuanVideoT": TEXT, "JoyImage": TEXT, "Motif": TEXT + 3}
@@ -88,6 +123,30 @@ def check_replaced(key: str, grid: tuple[int, int, int], count: int) -> Any:
     return found
 
 
+@pytest.mark.parametrize("key", BY_KEY)
+def test_noise_levels_and_resolutions(key: str) -> None:
+    """Right and replaced on every grid, and compiled once more for all that come after the first.
+
+    Dynamo takes sizes for dynamic then. That the grid is not that of another call shows only in
+    what the kernels are given: everything dense is the same for any grid.
+    """
+    found = run(key)
+    assert found.error <= WORST
+    assert [stage.later for stage in found.stages] == [0] * len(RUN)
+    *_, back = found.stages
+    assert back.compiles == 0
+    if key in UNPADDED:
+        return
+    count = {**VIDEO, **TOKENS, **STATED, **{k: n for k, (n, _) in PARTLY.items()}}.get(key, 0)
+    assert found.stages[0].replaced == count
+    model = BY_KEY[key]
+    for stage in found.stages:
+        here = 0 if key in STATED and stage.grid != RUN[0] else count
+        assert not stage.sites or stage.replaced == here
+        spans = {span.grid for span in stage.spans}
+        assert spans == ({expected_grid(model, stage.grid)} if here else set())
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("key", VIDEO)
 def test_video_self_attention_is_replaced(key: str, grid: tuple[int, int, int]) -> None:
@@ -99,15 +158,14 @@ def test_video_self_attention_is_replaced(key: str, grid: tuple[int, int, int]) 
 
 @pytest.mark.parametrize("key", TOKENS)
 def test_models_that_are_given_tokens(key: str) -> None:
-    for grid in ((3, 4, 5), (4, 4, 4)):
-        check_replaced(key, grid, TOKENS[key])
+    check_replaced(key, (4, 4, 4), TOKENS[key])
     left = [s for s in analyse(BY_KEY[key], (1, 4, 5)).sites if s.role == Role.VIDEO]
     assert len(left) == 2 and all("an image" in s.reason for s in left)
 
 
 @pytest.mark.parametrize("key", DENSE)
 def test_what_is_left_dense_has_the_reason(key: str) -> None:
-    found = analyse(BY_KEY[key], (3, 4, 5))
+    found = analyse(BY_KEY[key], RUN[0]) if key in UNPADDED else run(key).stages[0]
     assert not any(s.replaced for s in found.sites)
     assert DENSE[key] in " ".join(s.reason for s in found.sites)
     assert all(s.reason for s in found.sites)
@@ -182,12 +240,6 @@ def error_of(key: str, **given: Tensor) -> float:
 
 
 @pytest.mark.usefixtures("no_inductor")
-@pytest.mark.parametrize("key", [*VIDEO, *TOKENS, *PARTLY, "HunyuanVideo15Transformer3DModel"])
-def test_numbers_of_the_dense_policy(key: str) -> None:
-    assert error_of(key) <= 1e-4
-
-
-@pytest.mark.usefixtures("no_inductor")
 @pytest.mark.parametrize(
     "key", ["HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel"]
 )
@@ -198,10 +250,55 @@ def test_numbers_with_padded_text(key: str) -> None:
 
 
 def test_page_is_up_to_date() -> None:
-    assert page() == PAGE.read_text(encoding="utf-8")
+    written = PAGE.read_text(encoding="utf-8")
+    if f"and torch {torch.__version__.partition('+')[0]};" not in written:
+        pytest.skip("the page is of another version of torch, which counts graphs differently")
+    assert page() == written
 
 
-def first(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    return first(output[0] if isinstance(output, tuple | list) else output.sample)
+@pytest.mark.parametrize("grid", [(3, 4, 5), (1, 4, 19)])
+def test_tokens_that_are_placed_by_indices_stay_dense(grid: tuple[int, int, int]) -> None:
+    """Even where a grid is stated that fits the video, or text, audio and video together."""
+    found = analyse(BY_KEY["MiniMaxH3Transformer3DModel"], (3, 4, 5), {"grid": grid})
+    assert not any(s.replaced for s in found.sites)
+
+
+def shuffled(layer: Any, x: Tensor, text: Tensor, grid: Any) -> Tensor:
+    """Tokens in another order, as models that scan along a curve have them."""
+    order = torch.arange(x.shape[1]).flip(0)
+    return layer(x[:, order])[:, order]
+
+
+def picked(layer: Any, x: Tensor, text: Tensor, grid: Any) -> Tensor:
+    order = torch.arange(x.shape[1]).flip(0)
+    return layer(x.index_select(1, order)).index_select(1, order)
+
+
+@pytest.mark.parametrize("call", [shuffled, picked])
+def test_tokens_in_another_order_stay_dense(call: Any) -> None:
+    gm, _ = capture(foreign.Model(foreign.Layer(), call), *foreign.arguments())
+    (decision,) = manager.analyse(gm).decisions
+    assert isinstance(decision, str) and "indices that are data" in decision
+
+
+@pytest.mark.parametrize(("learnable", "convention"), [("learnable", "log-sigma"), (None, "unit")])
+def test_convention_of_cosmos(learnable: str | None, convention: str) -> None:
+    """One class: EDM's noise levels in version 1, those from 0 to 1 in versions 2 and 2.5."""
+    config = {**COSMOS, "extra_pos_embed_type": learnable}
+    family = family_of(diffusers.CosmosTransformer3DModel(**config))
+    assert family is not None and family.convention == convention
+
+
+def test_unknown_convention_is_explained() -> None:
+    """The report says what to state, for every convention there is."""
+    found: list[Any] = []
+
+    def keep(gm: Any, example_inputs: Any) -> Any:
+        found.append(backend.analyse_graph(gm))
+        return gm.forward
+
+    model = foreign.Model(foreign.Layer())
+    with torch.no_grad():
+        torch.compile(model, backend=keep)(*foreign.arguments())
+    (note,) = [n for n in found[0].notes if "convention" in n]
+    assert all(f'"{name}"' in note for name in CONVENTIONS)
