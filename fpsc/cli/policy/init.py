@@ -20,22 +20,31 @@ TAIL = """\
 
 # What else a policy can say; take the "# " away to use it.
 #
+"""
+
+OFFERS = {
+    "for": """\
 # for:                          # what it was tuned on; elsewhere a warning says so
 #   model: owner/name
 #   grid: [21, 45, 80]          # latent frames, height, width, in tokens
-#
+""",
+    "except": """\
 # except:                       # other modes for some layers, heads or noise; later lines win
 #   - {layers: [0, 1], use: dense}
 #   - {layers: 12..18, heads: [3, 7], noise: 0.90..0.40, use: fast}
-#
+""",
+    "sampling": """\
 # sampling: {scheduler: UniPCMultistepScheduler, steps: 50, shift: 5.0}
 #                               # with it, "steps: 0..10" or "percent: 0..20" in place of noise
-#
+""",
+    "components": """\
 # components:                   # where a pipeline has two transformers
 #   transformer_2:
 #     schedule:
 #       - {noise: 1.00..0.00, use: fast}
-"""
+""",
+}
+"""Keys, and lines that show their use, for what a preset does not say itself."""
 
 
 def init(
@@ -55,8 +64,9 @@ def init(
     preset = _preset(family)
     target = target_of(output or f"my-{preset}.yaml", force)
     name = target.stem if target else f"my-{preset}"
-    text = find(preset).with_values({"name": name}).document.text
-    policy = Policy.load(HEAD.format(preset=preset) + text + TAIL)
+    base = find(preset).with_values({"name": name}).document
+    offers = "#\n".join(lines for key, lines in OFFERS.items() if key not in base.value)
+    policy = Policy.load(HEAD.format(preset=preset) + base.text + TAIL + offers)
     if json and target is None:
         raise UserError("--json and --output - both want standard output; choose one")
     write(policy, target)
@@ -70,13 +80,21 @@ def _preset(family: str) -> str:
     """The built-in policy for a name of one, or for the class of a model."""
     from fpsc.families import FAMILIES, Family
     from fpsc.policy import presets
-    from fpsc.policy.errors import listed, nearest
+    from fpsc.policy.errors import either, listed, nearest
 
     if family in presets():
         return family
     wanted = family.lower()
-    for prefix, known in FAMILIES.items():
-        if wanted and (wanted.startswith(prefix.lower()) or prefix.lower().startswith(wanted)):
-            return known.policy if isinstance(known, Family) else "generic"
+    known = {prefix.lower(): entry for prefix, entry in FAMILIES.items()}
+    found = [p for p in known if wanted.startswith(p)]
+    found += [p for p in known if p.startswith(wanted) and wanted]
+    for prefix in found[:1]:
+        entry = known[prefix]
+        if isinstance(entry, Family):
+            return entry.policy
+        sizes = [n for n in presets() if n.startswith(f"{prefix}-") and not n.endswith("-tuned")]
+        if sizes:  # the class alone does not tell
+            raise UserError(f"{family} comes in several sizes; choose {either(sizes)}")
+        return "generic"
     names = [*presets(), *FAMILIES]
     raise UserError(f"no family {family}{nearest(family, names)} (known: {listed(names)})")
