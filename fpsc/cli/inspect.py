@@ -2,6 +2,7 @@
 
 import json as jsonlib
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -70,7 +71,7 @@ def inspect(
     spec = find_model(model, config)
     torch_dtype = _torch_dtype(dtype)
     built = build(spec, torch_dtype)
-    policy = _policy(policy, built)
+    policy = _policy(policy, built, spec.origin)
     tokens = _grid(built, grid, frames, height, width)
     inputs = example_inputs(
         built,
@@ -153,11 +154,16 @@ def _analyse(captured: "Capture", policy: str) -> "list[tuple[int, Site]]":
     ]
 
 
-def _policy(name: str | None, model: "torch.nn.Module") -> str:
-    """What the backend would take: the policy that is named, or the one for the model's family."""
+def _policy(name: str | None, model: "torch.nn.Module", origin: str) -> str:
+    """What the backend would take: the policy that is named, else the one beside the weights, else
+    the one for the model's family; `origin` is the file of the model's configuration."""
     from fpsc.families import family_of
     from fpsc.policy import PolicyError, find
+    from fpsc.policy.load import BESIDE
 
+    saved = Path(origin).parent / BESIDE
+    if name is None and saved.is_file() and Path(origin).is_file():
+        name = str(saved)
     if name is None:
         family = family_of(model)
         name = family.policy if family else "generic"

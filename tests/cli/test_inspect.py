@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fpsc.cli import app
+from fpsc.policy import find
 
 WAN = {
     "num_layers": 2,
@@ -91,6 +92,8 @@ def test_model_from_a_folder(inside: str, tmp_path: Path) -> None:
     (tmp_path / inside / "config.json").write_text(json.dumps(config))
     report = found(str(tmp_path), "--grid", "3,4,6", "--policy", "dense")
     assert (report["model"], report["replaced"]) == ("WanTransformer3DModel", 2)
+    saved = find("dense").save_beside(tmp_path / inside)
+    assert found(str(tmp_path), "--grid", "3,4,6")["policy"] == str(saved)
 
 
 def test_table_groups_equal_sites() -> None:

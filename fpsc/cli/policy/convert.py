@@ -11,7 +11,7 @@ import typer
 
 from fpsc.cli.errors import UserError, reports_errors
 from fpsc.cli.policy.output import target_of, write
-from fpsc.cli.policy.sizes import grid_of
+from fpsc.cli.policy.subject import parsed_grid
 
 if TYPE_CHECKING:
     from fpsc.policy import Policy
@@ -69,7 +69,7 @@ def sta(
             shift=shift,
             name=stem,
             table=f"{stem}.safetensors",
-            grid=grid_of(grid),
+            grid=parsed_grid(grid) if grid else None,
             dtype=dtype.value,
         )
     except ValueError as error:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fpsc.cli.errors import NOTHING_FOUND, UserError
-from fpsc.cli.policy.sizes import grid_of
+from fpsc.cli.policy.subject import parsed_grid
 
 
 def diff(
@@ -32,7 +32,7 @@ def diff(
 
     if (layers is None) != (heads is None):
         raise UserError("--layers and --heads go together: they are the size of a model")
-    sizes = grid_of(grid)
+    sizes = parsed_grid(grid) if grid else None
     try:
         before, after = find(a), find(b)
         lines = changes(before, after)

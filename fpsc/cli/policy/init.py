@@ -83,17 +83,23 @@ def _offers(policy: "Policy") -> str:
 
 def _preset(family: str) -> str:
     """The built-in policy for a name of one, or for the class of a model."""
-    from torch import nn
-
     from fpsc.families import FAMILIES, Family
     from fpsc.policy import presets
-    from fpsc.policy.errors import listed, nearest
+    from fpsc.policy.errors import either, listed, nearest
 
     if family in presets():
         return family
     wanted = family.lower()
-    for prefix, known in FAMILIES.items():
-        if wanted and (wanted.startswith(prefix.lower()) or prefix.lower().startswith(wanted)):
-            return (known if isinstance(known, Family) else known(nn.Module())).policy
+    known = {prefix.lower(): entry for prefix, entry in FAMILIES.items()}
+    found = [p for p in known if wanted.startswith(p)]
+    found += [p for p in known if p.startswith(wanted) and wanted]
+    for prefix in found[:1]:
+        entry = known[prefix]
+        if isinstance(entry, Family):
+            return entry.policy
+        sizes = [n for n in presets() if n.startswith(f"{prefix}-") and not n.endswith("-tuned")]
+        if sizes:  # the class alone does not tell
+            raise UserError(f"{family} comes in several sizes; choose {either(sizes)}")
+        return "generic"
     names = [*presets(), *FAMILIES]
     raise UserError(f"no family {family}{nearest(family, names)} (known: {listed(names)})")
