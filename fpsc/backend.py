@@ -119,21 +119,24 @@ def _serves(state: ModelState, policy: Policy, options: Options) -> bool:
 
 
 def _analyse(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) -> Analysis:
-    if root is not None and root.args is not None and not root.compiled:
+    if root is not None and root.args is not None and not (root.compiled or state.hooked):
         state.observe(root.args, root.kwargs)
-    names = roots.argument_names(root.module) if root else []
-    return manager.analyse(
+    analysis = manager.analyse(
         gm,
         Hints(*state.hints()),
         Limits(min_tokens=state.policy.limits.min_tokens),
-        names,
+        roots.argument_names(root.module) if root else [],
         state.options.timestep.argument,
     )
+    if root is not None and not root.compiled:
+        # What a block, or the rest of a broken forward, calls `timestep` may be an embedding of it.
+        analysis.timestep = None
+    return analysis
 
 
 def _takes_hook(root: RunningModule | None) -> bool:
-    """Whether a hook on the root runs outside compiled code: it does where a part is compiled."""
-    return root is not None and not root.compiled
+    """Whether a hook on the root will run before each of its forwards."""
+    return root is not None and root.called
 
 
 def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) -> Report:
@@ -224,10 +227,8 @@ def _compile(
     weights = [example_inputs[t.weight.position] for t in analysis.targets if t.weight]
     runtime.remember(weights, state)
     launcher.prepare()
-    if root is not None and _takes_hook(root) and not rewritten.returns_rows:
-        state.install_hook()
-        if root.args is not None:
-            state.observe(root.args, root.kwargs)
+    if root is not None and not rewritten.returns_rows:
+        launcher.follow(root)
     report.attach(state)
     structure = repr([*sorted(runtime.structure_of(state.policy).items()), report.kernels])
     user_hook = patches.get(HOOK, getattr(inductor_config, HOOK))

@@ -78,7 +78,15 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
         return dense(Role.OTHER, call.unsupported)
     query, key, value = shape(call.query), shape(call.key), shape(call.value)
     assert query is not None and key is not None and value is not None
-    if not projected_from(program, call.query) & projected_from(program, call.key):
+    sources = projected_from(program, call.query), projected_from(program, call.key)
+    if not any(sources):
+        return dense(
+            Role.OTHER,
+            "queries and keys are made in another graph: a graph break stands before this "
+            "attention. Hooks on every layer do that (leaf-level group offload, sequential CPU "
+            "offload): use block-level group offload or model CPU offload, which leave blocks whole",
+        )
+    if not sources[0] & sources[1]:
         return dense(Role.CROSS, "cross-attention: queries and keys come from different streams")
     if not same(query[2], key[2]):
         return dense(
