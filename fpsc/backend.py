@@ -33,6 +33,7 @@ from fpsc.policy.resolve import kinds_of
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
 from fpsc.roots import RunningModule
 from fpsc.runtime import ModelState
+from fpsc.unseen import Watched, shows_video, takes_video
 
 inductor: Callable[..., Callable[..., Any]] = cast(Any, compile_fx)
 """Inductor, as a backend gets it: it returns a callable here, whatever its type says."""
@@ -62,18 +63,24 @@ def fpsattn(
         StrictError: with `strict`, a video self-attention was left dense.
     """
     parsed = parse(mode, options)
-    patches = inductor_patches(parsed)
     root = roots.root_for(roots.running_modules())
     state, origin = _state(root, parsed)
-    analysis = _analyse(gm, state, root)
-    if not analysis.candidates:
-        return inductor(gm, list(example_inputs), config_patches=patches)
-    report = _report(analysis, state, origin, hooked=_takes_hook(root))
-    record(report)
-    _check(report, parsed)
-    if not analysis.targets:
-        return inductor(gm, list(example_inputs), config_patches=patches)
-    return _compile(analysis, example_inputs, state, root, report, patches)
+    launcher = _rewrite(gm, example_inputs, root, state, origin)
+    if launcher is not None:
+        return _compile(launcher, example_inputs, inductor_patches(parsed))
+    compiled = inductor(gm, list(example_inputs), config_patches=inductor_patches(parsed))
+    if root is None or root.args is None or not takes_video(root.module, root.args, root.kwargs):
+        return compiled
+    return Watched(compiled, state)
+
+
+def rewrite_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Launcher | None:
+    """What the backend does before it compiles: a rewritten graph, or None where nothing is
+    replaced."""
+    root = roots.root_for(roots.running_modules())
+    return _rewrite(gm, example_inputs, root, *_state(root, options))
 
 
 def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) -> Report:
@@ -211,14 +218,23 @@ def _check(report: Report, options: Options) -> None:
         warn(f"fpsattn: {note}", UserWarning, 2)
 
 
-def _compile(
-    analysis: Analysis,
+def _rewrite(
+    gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    state: ModelState,
     root: RunningModule | None,
-    report: Report,
-    patches: dict[str, Any],
-) -> Launcher:
+    state: ModelState,
+    origin: str,
+) -> Launcher | None:
+    """Analyse, report, rewrite; the launcher has no compiled graph yet."""
+    analysis = _analyse(gm, state, root)
+    state.saw_video |= shows_video(analysis)
+    if not analysis.candidates:
+        return None
+    report = _report(analysis, state, origin, hooked=_takes_hook(root))
+    record(report)
+    _check(report, state.options)
+    if not analysis.targets:
+        return None
     threaded = state.convention if analysis.timestep is not None else None
     kernel = state.options.kernel
     rewritten = manager.apply(analysis, threaded, kinds=_kinds(analysis, state), kernel=kernel)
@@ -230,14 +246,21 @@ def _compile(
     if root is not None and not rewritten.returns_rows:
         launcher.follow(root)
     report.attach(state)
-    structure = repr([*sorted(runtime.structure_of(state.policy).items()), report.kernels])
+    return launcher
+
+
+def _compile(
+    launcher: Launcher, example_inputs: Sequence[Any], patches: dict[str, Any]
+) -> Launcher:
+    policy, kernels = launcher.state.policy, launcher.report.kernels
+    structure = repr([*sorted(runtime.structure_of(policy).items()), kernels])
     user_hook = patches.get(HOOK, getattr(inductor_config, HOOK))
     patches = {**patches, HOOK: CacheKey(structure, user_hook)}
     fake_mode = TracingContext.get().fake_mode
     assert fake_mode is not None
     try:
         launcher.compiled = inductor(
-            rewritten.module,
+            launcher.rewritten.module,
             [*example_inputs, *launcher.example_inputs(fake_mode)],
             config_patches=patches,
         )
