@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 from warnings import warn
 
-from torch import fx
+from torch import Tensor, fx
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
@@ -30,6 +30,7 @@ from fpsc.passes.manager import Analysis, Limits
 from fpsc.passes.match import Role
 from fpsc.policy import Policy, find
 from fpsc.policy.resolve import kinds_of
+from fpsc.recompute import in_backward
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
 from fpsc.roots import RunningModule
 from fpsc.runtime import ModelState
@@ -63,7 +64,7 @@ def fpsattn(
         StrictError: with `strict`, a video self-attention was left dense.
     """
     parsed = parse(mode, options)
-    root = roots.root_for(roots.running_modules())
+    root = _root(example_inputs)
     state, origin = _state(root, parsed)
     launcher = _rewrite(gm, example_inputs, root, state, origin)
     if launcher is not None:
@@ -79,8 +80,18 @@ def rewrite_graph(
 ) -> Launcher | None:
     """What the backend does before it compiles: a rewritten graph, or None where nothing is
     replaced."""
-    root = roots.root_for(roots.running_modules())
+    root = _root(example_inputs)
     return _rewrite(gm, example_inputs, root, *_state(root, options))
+
+
+def _root(example_inputs: Sequence[Any]) -> RunningModule | None:
+    """The model that a graph belongs to: it runs now, or backward computes a part of it again."""
+    if in_backward():
+        for value in example_inputs:
+            state = runtime.state_of(value) if isinstance(value, Tensor) else None
+            if state is not None and state.root is not None:
+                return RunningModule(state.root, None, {}, called=True)
+    return roots.root_for(roots.running_modules())
 
 
 def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) -> Report:

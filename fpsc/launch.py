@@ -177,6 +177,8 @@ class Launcher:
             state.install_hook()
             if root.args is not None:
                 state.observe(root.args, root.kwargs)
+                # A reentrant checkpoint has turned gradients off here, inside of the forward.
+                state.forward.differentiated = True
 
     def _forward(self, state: ModelState, args: Sequence[Any]) -> Forward:
         """The forward that a call belongs to: the running one, or an earlier one in backward.

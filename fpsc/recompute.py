@@ -1,8 +1,8 @@
 """The forward that a checkpointed block belongs to, when backward computes the block again.
 
-A block that is compiled by itself takes its noise rows and its grid from the forward that runs. When
-a checkpoint computes it again, another forward may have run since. But its inputs are those of its
-own forward, kept until then: their storages say which one it was.
+A block that is compiled by itself takes its noise rows and its grid from the forward that runs.
+When a checkpoint computes it again, another forward may have run since. But its inputs are those of
+its own forward, kept until then: their storages say which one it was.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
             Role.OTHER,
             "queries and keys are made in another graph: a graph break stands before this "
             "attention. Hooks on every layer do that (leaf-level group offload, sequential CPU "
-            "offload): use block-level group offload or model CPU offload, which leave blocks whole",
+            "offload): use block-level group offload or model CPU offload",
         )
     if not sources[0] & sources[1]:
         return dense(Role.CROSS, "cross-attention: queries and keys come from different streams")
