@@ -58,7 +58,7 @@ def test_a_cached_model_equals_itself_uncompiled(cache: Any, way: str, no_induct
         assert relative_rms(f, e) <= COMPILED_DENSE
     reports = fpsc.reports()
     assert reports and all(not s.reason for r in reports for s in r.sites if s.role == "video")
-    assert sum(r.replaced for r in reports) > 0 and {r.layers for r in reports} == {3}
+    assert sum(r.replaced for r in reports) > 0 and {r.layers for r in reports if r.replaced} == {3}
 
 
 def test_the_timestep_of_a_hooked_block_is_not_its_second_argument(
