@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, cast
 from warnings import warn
 
-from torch import fx
+from torch import Tensor, fx
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
@@ -34,6 +34,7 @@ from fpsc.passes.manager import Analysis, Limits
 from fpsc.passes.match import Role
 from fpsc.passes.rewrite import Rewritten
 from fpsc.policy.resolve import kinds_of
+from fpsc.recompute import in_backward
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
 from fpsc.roots import RunningModule
 from fpsc.runtime import ModelState
@@ -67,7 +68,7 @@ def fpsattn(
         StrictError: with `strict`, a video self-attention was left dense.
     """
     parsed = parse(mode, options)
-    root = roots.root_for(roots.running_modules())
+    root = _root(example_inputs)
     state = _state(root, parsed)
     launcher = _rewrite(gm, example_inputs, root, state)
     if launcher is not None:
@@ -83,8 +84,18 @@ def rewrite_graph(
 ) -> Launcher | None:
     """What the backend does before it compiles: a rewritten graph, or None where nothing is
     replaced."""
-    root = roots.root_for(roots.running_modules())
+    root = _root(example_inputs)
     return _rewrite(gm, example_inputs, root, _state(root, options))
+
+
+def _root(example_inputs: Sequence[Any]) -> RunningModule | None:
+    """The model that a graph belongs to: it runs now, or backward computes a part of it again."""
+    if in_backward():
+        for value in example_inputs:
+            state = runtime.state_of(value) if isinstance(value, Tensor) else None
+            if state is not None and state.root is not None:
+                return RunningModule(state.root, None, {}, called=True)
+    return roots.root_for(roots.running_modules())
 
 
 def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) -> Report:
@@ -127,17 +138,20 @@ def _nothing(reason: str) -> None:
 def _analyse(
     gm: fx.GraphModule, state: ModelState, root: RunningModule | None, *, strict: bool
 ) -> Analysis:
-    if root is not None and root.args is not None and not root.compiled:
+    if root is not None and root.args is not None and not (root.compiled or state.hooked):
         state.observe(root.args, root.kwargs)
-    names = roots.argument_names(root.module) if root else []
-    return manager.analyse(
+    analysis = manager.analyse(
         gm,
         Hints(*state.hints()),
         Limits(min_tokens=state.policy.limits.min_tokens, roles=state.policy.roles),
-        names,
+        roots.argument_names(root.module) if root else [],
         state.options.timestep.argument,
         strict=strict,
     )
+    if root is not None and not root.compiled:
+        # What a block, or the rest of a broken forward, calls `timestep` may be an embedding of it.
+        analysis.timestep = None
+    return analysis
 
 
 def _replace(analysis: Analysis, state: ModelState) -> Rewritten | None:
@@ -153,8 +167,8 @@ def _replace(analysis: Analysis, state: ModelState) -> Rewritten | None:
 
 
 def _takes_hook(root: RunningModule | None) -> bool:
-    """Whether a hook on the root runs outside compiled code: it does where a part is compiled."""
-    return root is not None and not root.compiled
+    """Whether a hook on the root will run before each of its forwards."""
+    return root is not None and root.called
 
 
 def _report(analysis: Analysis, state: ModelState, hooked: bool) -> Report:
@@ -270,10 +284,8 @@ def _rewrite(
     weights = [example_inputs[t.weight.position] for t in analysis.targets if t.weight]
     runtime.remember(weights, state)
     launcher.prepare()
-    if root is not None and _takes_hook(root) and not rewritten.returns_rows:
-        state.install_hook()
-        if root.args is not None:
-            state.observe(root.args, root.kwargs)
+    if root is not None and not rewritten.returns_rows:
+        launcher.follow(root)
     report.attach(state)
     return launcher
 

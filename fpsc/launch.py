@@ -7,7 +7,7 @@ device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -19,12 +19,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fpsc import roots, runtime
-from fpsc.passes.graph import Dim, Program, example, shape
+from fpsc.passes.graph import Dim, Program, example, is_parameter, shape
 from fpsc.passes.infer_grid import Found
 from fpsc.passes.rewrite import PLAN, PREFIX, Rewritten
 from fpsc.policy.resolve import GROUPINGS, MODES, PATTERNS, ROWS
-from fpsc.report import Report, log
-from fpsc.runtime import ModelState, Span, StructureError
+from fpsc.recompute import in_backward
+from fpsc.report import Report, log, record
+from fpsc.roots import RunningModule
+from fpsc.runtime import Forward, ModelState, Span, StructureError
 
 _DYNAMIC = 5
 """Hint for sizes that differ between models and grids; 0 and 1 would be specialised."""
@@ -67,6 +69,11 @@ class Launcher:
         self._timestep = placeholders.index(timestep) if timestep is not None else None
         self._weights = [t.weight.position if t.weight else None for t in rewritten.targets]
         self._symbols = _symbol_positions(placeholders)
+        self._activations = [
+            position
+            for position, node in enumerate(placeholders)
+            if not is_parameter(node) and isinstance(example(node), torch.Tensor)
+        ]
         query = example(rewritten.targets[0].candidate.call.query)
         assert isinstance(query, torch.Tensor)
         self._tokens = [_tokens_of(rewritten, found) for found in rewritten.spans]
@@ -164,11 +171,44 @@ class Launcher:
             runtime.remember_root(root.module, state)
         runtime.remember(weights, state)
         state.table(self._heads, self._device)
-        if fresh and not self.rewritten.returns_rows:
+        if fresh:
+            adopted = replace(self.report, model=type(root.module).__name__)
+            adopted.attach(state)
+            record(adopted)
+            if not self.rewritten.returns_rows:
+                self.follow(root, state)
+        return state
+
+    def follow(self, root: RunningModule, state: ModelState | None = None) -> None:
+        """Let timestep and grid come from every forward of the root, and from the one that runs."""
+        state = state or self.state
+        if root.called and not state.hooked:
             state.install_hook()
             if root.args is not None:
                 state.observe(root.args, root.kwargs)
-        return state
+                # A reentrant checkpoint has turned gradients off here, inside of the forward.
+                state.forward.differentiated = True
+
+    def _forward(self, state: ModelState, args: Sequence[Any]) -> Forward:
+        """The forward that a call belongs to: the running one, or an earlier one in backward.
+
+        Raises:
+            RuntimeError: backward computes a block again, and its forward is not known.
+        """
+        if in_backward():
+            inputs = [args[p] for p in self._activations]
+            found = state.pins.find(inputs) if state.hooked else state.forward
+            if found is None:
+                raise RuntimeError(
+                    "fpsattn: backward computes a block again, and nothing tells which forward it "
+                    "belongs to, so its noise level is not known. Checkpoint the blocks with "
+                    "torch.utils.checkpoint and leave their inputs on the device, or compile the "
+                    "whole model: torch.compile(model, backend='fpsattn')"
+                )
+            return found
+        if state.forward.differentiated:
+            state.pins.pin([args[p] for p in self._activations], state.forward)
+        return state.forward
 
     def tables(self, args: Sequence[Any]) -> list[Tensor]:
         """The inputs that are appended for a call with these arguments."""
@@ -178,13 +218,14 @@ class Launcher:
         bound = self._bind(state, args)
         table = state.table(self._heads, self._device)
         tensors = {"edges": table.edges, "cells": bound.cells, "modes": table.modes}
+        forward = state.forward if self.rewritten.returns_rows else self._forward(state, args)
         if not self.rewritten.returns_rows:
-            rows = state.forward.rows
+            rows = forward.rows
             if rows is None or rows.device != self._device:
                 rows = state.fallback_rows(table)
             tensors["rows"] = rows.expand(self._batch) if self._batch and len(rows) == 1 else rows
         for index, found in enumerate(self.rewritten.spans):
-            span = self._span(state, found, args)
+            span = self._span(forward, found, args)
             self._check(span, index, args)
             plan = state.plan(span, self._device)
             tensors.update({f"{name}.{index}": plan.tensors[name] for name in PLAN})
@@ -205,16 +246,16 @@ class Launcher:
             self._bound[args[position]] = held
         return held
 
-    def _span(self, state: ModelState, found: Found, args: Sequence[Any]) -> Span:
+    def _span(self, forward: Forward, found: Found, args: Sequence[Any]) -> Span:
         sizes = (*found.grid, found.prefix, found.suffix)
         t, y, x, prefix, suffix = (self._value(size, args) for size in sizes)
         if found.origin == "latent":
             # The graph does not hold the grid: another one may have as many tokens.
-            grid = state.grid_for(t * y * x)
+            grid = forward.grid_for(t * y * x)
             if grid is None:
                 raise RuntimeError(
                     f"fpsattn: this attention has {t * y * x} video tokens, and the latent of this "
-                    f"forward gives grid {[list(g) for g in state.hints()[0]] or 'none'}; call the "
+                    f"forward gives grid {[list(g) for g in forward.grids] or 'none'}; call the "
                     'model through its root module, or state options={"grid": [T, Y, X]}'
                 )
             t, y, x = grid

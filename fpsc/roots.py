@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,40 +23,51 @@ class RunningModule:
     """A module whose forward is on the stack, with the arguments of that call.
 
     Attributes:
-        compiled: whether this very call is what Dynamo compiles now.
+        compiled: whether the graph begins where this call begins, so that what the graph takes are
+            the arguments of this call.
+        called: whether its hooks ran outside compiled code.
     """
 
     module: nn.Module
     args: tuple[Any, ...] | None
     kwargs: Mapping[str, Any]
     compiled: bool = False
+    called: bool = False
 
 
 def running_modules() -> list[RunningModule]:
     """Modules whose forward is running now, outermost first, without wrappers of
     `torch.compile`."""
     found: dict[int, RunningModule] = {}
-    for variables, compiled in _variables(sys._getframe(1)):
+    for variables, code, traced in _calls(sys._getframe(1)):
         module = variables.get("self")
+        if traced and not isinstance(module, nn.Module):
+            module = variables.get("module")  # a hook around forward: `new_forward(module, ...)`
         if not isinstance(module, nn.Module) or hasattr(module, "_orig_mod"):
             continue
+        known = found.setdefault(id(module), RunningModule(module, None, {}))
+        # After a graph break a local variable may be something else than the argument of its name.
+        known.compiled |= traced and not code.co_name.startswith(RESUMED)
+        known.called |= not traced and code is nn.Module._call_impl.__code__
         args, kwargs = variables.get("args"), variables.get("kwargs")
-        known = found.get(id(module))
-        if known is None:
-            known = found[id(module)] = RunningModule(module, None, {}, compiled)
         if known.args is None and isinstance(args, tuple) and isinstance(kwargs, dict):
             known.args, known.kwargs = args, kwargs
     return list(reversed(found.values()))
 
 
-def _variables(frame: FrameType | None) -> Iterator[tuple[Mapping[str, Any], bool]]:
-    """Local variables of all frames, innermost first; also those of a frame being compiled."""
+RESUMED = "torch_dynamo_resume_in"
+"""How the functions are named that Dynamo makes of what follows a graph break."""
+
+
+def _calls(frame: FrameType | None) -> Iterator[tuple[Mapping[str, Any], CodeType, bool]]:
+    """Local variables and code of all calls, innermost first; also of one that is being compiled,
+    of which the last value is true."""
     while frame is not None:
         variables = frame.f_locals
         traced: Any = variables.get("frame")  # Dynamo keeps the frame that it converts here
         if hasattr(traced, "f_locals") and hasattr(traced, "f_code"):
-            yield traced.f_locals, True
-        yield variables, False
+            yield traced.f_locals, traced.f_code, True
+        yield variables, frame.f_code, False
         frame = frame.f_back
 
 

@@ -29,6 +29,7 @@ from fpsc.passes.rewrite import PLAN
 from fpsc.policy import Policy, find
 from fpsc.policy.lookup import hub_id_of
 from fpsc.policy.resolve import ROWS, Plan, Table, plan, resolve
+from fpsc.recompute import Pins
 from fpsc.report import Phase, Site
 
 TABLE_FIELDS = ("edges", "cells", "modes")
@@ -72,10 +73,21 @@ class DevicePlan:
 
 @dataclass
 class Forward:
-    """What the side channel knows of the running forward."""
+    """What the side channel knows of a forward.
+
+    Attributes:
+        rows: noise rows, int32 [B]; None when the timestep is not known.
+        grids: (T, Y, X) that its latent can have.
+        differentiated: whether its blocks may be computed again, in backward.
+    """
 
     rows: Tensor | None = None
     grids: tuple[tuple[int, int, int], ...] = ()
+    differentiated: bool = False
+
+    def grid_for(self, tokens: int) -> tuple[int, int, int] | None:
+        """The grid of this forward that has a number of tokens, or None."""
+        return next((g for g in self.grids if g[0] * g[1] * g[2] == tokens), None)
 
 
 @dataclass
@@ -107,6 +119,7 @@ class ModelState:
         self.options = options
         self.convention = convention
         self.forward = Forward()
+        self.pins: Pins[Forward] = Pins()
         self.version = 0
         self._layers = _Layers()
         self._tables: dict[tuple[int, torch.device, bool], DeviceTable] = {}
@@ -289,7 +302,8 @@ class ModelState:
         if root is None:
             return
         arguments = roots.bind(root, args, kwargs)
-        forward = Forward()
+        forward = Forward(differentiated=torch.is_grad_enabled())
+        self.pins.sweep()
         latent = roots.latent_of(arguments)
         if latent is not None:
             forward.grids = tuple(roots.latent_grids(root, latent))
@@ -304,17 +318,20 @@ class ModelState:
             self.count(forward.rows, timestep)
         self.forward = forward
 
+    @property
+    def hooked(self) -> bool:
+        """Whether every forward of the root is observed."""
+        return self._hook is not None
+
     def install_hook(self) -> None:
         """Observe every forward of the root from now on."""
         root = self.root
-        if root is None or self._hook is not None:
+        if root is None or self.hooked:
             return
         state = weakref.ref(self)
 
+        @torch.compiler.disable(reason="fpsattn reads the timestep in a hook of the model here")
         def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-            # Under a compile of the whole model the graph finds the row by itself.
-            if torch.compiler.is_compiling():
-                return
             this = state()
             if this is not None:
                 this.observe(args, kwargs)
@@ -331,11 +348,6 @@ class ModelState:
         if self.options.grid is not None:
             return (self.options.grid,), "options"
         return self.forward.grids, "latent" if self.forward.grids else ""
-
-    def grid_for(self, tokens: int) -> tuple[int, int, int] | None:
-        """The grid of this forward that has a number of tokens, or None."""
-        grids, _ = self.hints()
-        return next((g for g in grids if g[0] * g[1] * g[2] == tokens), None)
 
     def fallback_rows(self, table: DeviceTable) -> Tensor:
         """The densest row, for forwards whose noise level is not known."""

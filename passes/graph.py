@@ -155,9 +155,34 @@ def is_parameter(node: fx.Node) -> bool:
 
 
 def is_linear(node: fx.Node) -> bool:
-    return node.op == "call_module" or (
-        node.op == "call_function" and op_name(node) in ("linear", "addmm", "mm", "_scaled_mm")
+    """Whether a node multiplies an activation, its first argument, by a weight."""
+    return (
+        node.op == "call_module"
+        or (node.op == "call_function" and op_name(node) in ("linear", "addmm", "mm", "_scaled_mm"))
+        or _multiplies_packed_weight(node)
     )
+
+
+def _multiplies_packed_weight(node: fx.Node) -> bool:
+    """Whether a node is a library's own product with a quantised weight.
+
+    Such an operator (of bitsandbytes, for one) takes an activation and a parameter of integers.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace in ("aten", "prims"):
+        return False
+    activation = example(node.args[0]) if node.args else None
+    if not isinstance(activation, torch.Tensor) or not activation.is_floating_point():
+        return False
+    for source in node.all_input_nodes:
+        while op_name(source) in _VIEWS and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        value = example(source)
+        if source.op == "placeholder" and is_parameter(source) and isinstance(value, torch.Tensor):
+            packed = not value.is_floating_point() and not value.is_complex()
+            if packed and value.dtype != torch.bool:
+                return True
+    return False
 
 
 def is_convolution(node: fx.Node) -> bool:

@@ -86,9 +86,10 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
     if not any(sources) and same(query[2], key[2]):
         return dense(
             Role.VIDEO,
-            "queries and keys come into this graph ready made, so whether they are of one stream "
-            "cannot be told; a graph break lies before this attention: "
-            "torch.compile(..., fullgraph=True) names it",
+            "queries and keys are made in another graph, so whether they are of one stream cannot "
+            "be told: a graph break stands before this attention; torch.compile(..., "
+            "fullgraph=True) names it. Hooks on every layer break graphs (leaf-level group "
+            "offload, sequential CPU offload): use block-level group offload or model CPU offload",
         )
     if not sources[0] & sources[1]:
         return dense(Role.CROSS, "cross-attention: queries and keys come from different streams")

@@ -74,16 +74,34 @@ def argument_name(node: fx.Node, argument_names: Sequence[str]) -> str:
 
 
 def layer_weight(program: Program, query: fx.Node) -> Weight | None:
-    """The weight of the projection that the queries come from, or None when there is none."""
-    placeholders = {node: i for i, node in enumerate(program.placeholders)}
+    """A parameter that only the layer of these queries has, or None when there is none.
+
+    The weight of the projection that they come from; where that is no parameter (some quantised
+    layers hold it outside of their parameters), its bias, or the norm between them.
+    """
+    between: list[fx.Node] = []
     for node in program.walk_back(query, stop=is_linear):
         if not is_linear(node) or node is query:
+            between.append(node)
             continue
-        weight = argument(node, 1, "weight")
-        if not isinstance(weight, fx.Node):
-            continue
-        for source in program.walk_back(weight):
-            source = program.root_of(source)
-            if source in placeholders and is_parameter(source):
-                return Weight(source, placeholders[source])
-    return None
+        operands = [argument(node, 1, "weight"), argument(node, 2, "bias"), *node.all_input_nodes]
+        own = [n for n in operands if isinstance(n, fx.Node)]
+        own = [n for n in own if n is not argument(node, 0, "input")]
+        for operand in own:
+            for source in program.walk_back(operand):
+                weight = _parameter(program, source)
+                if weight is not None:
+                    return weight
+        break
+    found = (_parameter(program, node) for node in between)
+    return next((weight for weight in found if weight is not None), None)
+
+
+def _parameter(program: Program, node: fx.Node) -> Weight | None:
+    """A trainable input of the root graph, as a weight; buffers are shared between layers."""
+    source = program.root_of(node)
+    if source.op != "placeholder" or "_buffers" in source_name(source):
+        return None
+    if not is_parameter(source) or source not in program.placeholders:
+        return None
+    return Weight(source, program.placeholders.index(source))

@@ -76,7 +76,7 @@ DENSE = {
     "SanaWMLTX2RefinerTransformer3DModel": 'options={"grid": [T, Y, X]}',
     "SanaWMLTX2RefinerTransformer3DModel/cache": "earlier frames",
     "TransformerTemporalModel": "batch merged from [1, 4, 5]",
-    "WanAnimate2Transformer3DModel/reference": "a graph break lies before this attention",
+    "WanAnimate2Transformer3DModel/reference": "a graph break stands before this attention",
     "WanAnimate2Transformer3DModel/cache": "block mask",
 }
 """Models of which nothing is replaced, with the words that say why."""
