@@ -22,12 +22,15 @@ from fpsc.cache_key import HOOK, CacheKey
 from fpsc.families import family_of
 from fpsc.kernels.kinds import FP8_CELLS
 from fpsc.kernels.select import Choice, fp8_support, select
-from fpsc.launch import Launcher
+from fpsc.launch import Launcher, Observer
 from fpsc.options import OptionError, Options, inductor_patches, parse
 from fpsc.passes import manager
+from fpsc.passes.graph import is_parameter
 from fpsc.passes.infer_grid import Hints
 from fpsc.passes.manager import Analysis, Limits
 from fpsc.passes.match import Role
+from fpsc.passes.streams import latents
+from fpsc.passes.thread import argument_name
 from fpsc.policy import Policy, find
 from fpsc.policy.resolve import kinds_of
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
@@ -66,14 +69,18 @@ def fpsattn(
     root = roots.root_for(roots.running_modules())
     state, origin = _state(root, parsed)
     analysis = _analyse(gm, state, root)
-    if not analysis.candidates:
-        return inductor(gm, list(example_inputs), config_patches=patches)
-    report = _report(analysis, state, origin, hooked=_takes_hook(root))
-    record(report)
-    _check(report, parsed)
-    if not analysis.targets:
-        return inductor(gm, list(example_inputs), config_patches=patches)
-    return _compile(analysis, example_inputs, state, root, report, patches)
+    if analysis.candidates:
+        report = _report(analysis, state, origin, _side_channel(state, root))
+        record(report)
+        _check(report, parsed)
+    compiled: Callable[..., Any]
+    if analysis.targets:
+        compiled = _compile(analysis, example_inputs, state, root, report, patches)
+    else:
+        compiled = inductor(gm, list(example_inputs), config_patches=patches)
+    if root is not None and root.compiled and not root.resumed:
+        return _observed(compiled, analysis, state, root)
+    return compiled
 
 
 def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) -> Report:
@@ -84,7 +91,7 @@ def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) 
         options: as for the backend.
     """
     state, origin = _state(None, parse(None, options))
-    return _report(_analyse(gm, state, None), state, origin, hooked=True)
+    return _report(_analyse(gm, state, None), state, origin, "the root module")
 
 
 def _state(root: RunningModule | None, options: Options) -> tuple[ModelState, str]:
@@ -122,13 +129,38 @@ def _analyse(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) 
     if root is not None and root.args is not None and not root.compiled:
         state.observe(root.args, root.kwargs)
     names = roots.argument_names(root.module) if root else []
-    return manager.analyse(
+    analysis = manager.analyse(
         gm,
         Hints(*state.hints()),
         Limits(min_tokens=state.policy.limits.min_tokens),
         names,
         state.options.timestep.argument,
     )
+    if root is not None and root.resumed and state.forward.timestep is not None:
+        analysis.timestep = None  # the model may have changed its own variable since
+    return analysis
+
+
+def _observed(
+    compiled: Callable[..., Any], analysis: Analysis, state: ModelState, root: RunningModule
+) -> Callable[..., Any]:
+    """The graph with which a forward begins, so that later ones know its latent and timestep."""
+    placeholders = analysis.program.placeholders
+    names = roots.argument_names(root.module)
+
+    def place(node: fx.Node) -> int:
+        name = argument_name(node, names)
+        return names.index(name) if name in names else len(names)
+
+    latent = min(latents(analysis.program), key=place, default=None)
+    weight = next((node for node in placeholders if is_parameter(node)), None)
+    if latent is None and analysis.timestep is None:
+        return compiled
+    positions = (
+        None if node is None else placeholders.index(node)
+        for node in (latent, analysis.timestep, weight)
+    )
+    return Observer(compiled, state, *positions)
 
 
 def _takes_hook(root: RunningModule | None) -> bool:
@@ -136,10 +168,17 @@ def _takes_hook(root: RunningModule | None) -> bool:
     return root is not None and not root.compiled
 
 
-def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) -> Report:
+def _side_channel(state: ModelState, root: RunningModule | None) -> str:
+    """Where a graph without a timestep has its noise level from; "" for nowhere."""
+    if _takes_hook(root):
+        return "the root module"
+    return "the first graph of the forward" if state.forward.timestep is not None else ""
+
+
+def _report(analysis: Analysis, state: ModelState, origin: str, elsewhere: str) -> Report:
     threaded = analysis.timestep is not None and state.convention is not None
     notes = list(analysis.warnings)
-    if state.convention is not None and not threaded and not hooked:
+    if state.convention is not None and not threaded and not elsewhere:
         notes.append(
             "the timestep is not a tensor among the inputs of this graph: every forward uses the "
             "policy's densest row; pass it as a tensor, and name its argument with "
@@ -161,11 +200,7 @@ def _report(analysis: Analysis, state: ModelState, origin: str, hooked: bool) ->
         policy=state.policy.name,
         policy_source=origin,
         sites=sites_of(analysis),
-        timestep="an input of the graph"
-        if threaded
-        else "the root module"
-        if hooked
-        else "nowhere",
+        timestep="an input of the graph" if threaded else elsewhere or "nowhere",
         kernels=sorted({f"{choice.name} ({choice.reason})" for choice in choices}),
         notes=notes,
         _state=None,

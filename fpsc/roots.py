@@ -10,10 +10,12 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
 from fpsc.passes.thread import TIMESTEP
 
@@ -24,39 +26,44 @@ class RunningModule:
 
     Attributes:
         compiled: whether this very call is what Dynamo compiles now.
+        resumed: whether that is the rest of the call, after a graph break.
     """
 
     module: nn.Module
     args: tuple[Any, ...] | None
     kwargs: Mapping[str, Any]
     compiled: bool = False
+    resumed: bool = False
 
 
 def running_modules() -> list[RunningModule]:
     """Modules whose forward is running now, outermost first, without wrappers of
     `torch.compile`."""
     found: dict[int, RunningModule] = {}
-    for variables, compiled in _variables(sys._getframe(1)):
+    for variables, code in _variables(sys._getframe(1)):
         module = variables.get("self")
         if not isinstance(module, nn.Module) or hasattr(module, "_orig_mod"):
             continue
         args, kwargs = variables.get("args"), variables.get("kwargs")
         known = found.get(id(module))
         if known is None:
-            known = found[id(module)] = RunningModule(module, None, {}, compiled)
+            resumed = code is not None and code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
+            compiled = code is not None
+            known = found[id(module)] = RunningModule(module, None, {}, compiled, resumed)
         if known.args is None and isinstance(args, tuple) and isinstance(kwargs, dict):
             known.args, known.kwargs = args, kwargs
     return list(reversed(found.values()))
 
 
-def _variables(frame: FrameType | None) -> Iterator[tuple[Mapping[str, Any], bool]]:
-    """Local variables of all frames, innermost first; also those of a frame being compiled."""
+def _variables(frame: FrameType | None) -> Iterator[tuple[Mapping[str, Any], CodeType | None]]:
+    """Local variables of all frames, innermost first; also those of a frame that is being compiled,
+    with its code."""
     while frame is not None:
         variables = frame.f_locals
         traced: Any = variables.get("frame")  # Dynamo keeps the frame that it converts here
         if hasattr(traced, "f_locals") and hasattr(traced, "f_code"):
-            yield traced.f_locals, True
-        yield variables, False
+            yield traced.f_locals, traced.f_code
+        yield variables, None
         frame = frame.f_back
 
 
@@ -66,6 +73,12 @@ def root_for(running: Sequence[RunningModule]) -> RunningModule | None:
         if timestep_argument(candidate.module) is not None:
             return candidate
     return running[0] if running else None
+
+
+def root_holding(weight: Tensor) -> RunningModule | None:
+    """The root of the running modules that hold a parameter, or None."""
+    running = running_modules()
+    return root_for([r for r in running if any(p is weight for p in r.module.parameters())])
 
 
 def argument_names(module: nn.Module) -> list[str]:
@@ -99,22 +112,23 @@ def latent_of(arguments: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def latent_grids(module: nn.Module, latent: Tensor) -> list[tuple[int, int, int]]:
-    """Token grids that a latent of this shape can have in a model, most certain first.
+def latent_grids(module: nn.Module, shape: torch.Size) -> list[tuple[int, int, int]]:
+    """Token grids that a latent of a shape [B, C, T, Y, X] or [B, T, C, Y, X] can have in a model,
+    most certain first.
 
     A 3D convolution that takes the latent's channels says it outright. Else the patch is unknown,
     and every common patch that divides the latent is a candidate.
     """
-    _, channels, *size = latent.shape
+    _, channels, *size = shape
     grids = []
     for layer in module.modules():
         if isinstance(layer, nn.Conv3d) and layer.in_channels == channels:
-            shape = _convolved(layer, size)
-            if shape is not None and shape not in grids:
-                grids.append(shape)
+            grid = _convolved(layer, size)
+            if grid is not None and grid not in grids:
+                grids.append(grid)
     if not grids:
         for axes in ((2, 3, 4), (1, 3, 4)):  # [B, C, T, Y, X], then [B, T, C, Y, X]
-            t, y, x = (int(latent.shape[a]) for a in axes)
+            t, y, x = (int(shape[a]) for a in axes)
             for patch_t in (1, 2):
                 for patch in (1, 2, 4):
                     if t % patch_t == 0 and y % patch == 0 and x % patch == 0:
