@@ -31,7 +31,7 @@ from fpsc.passes.graph import example  # noqa: E402
 from fpsc.passes.infer_grid import Hints  # noqa: E402
 from fpsc.passes.thread import argument_name  # noqa: E402
 from fpsc.report import Site, sites_of  # noqa: E402
-from fpsc.roots import argument_names  # noqa: E402
+from fpsc.roots import argument_names, bind, latent_grids, latent_of  # noqa: E402
 from tests.families import ELSEWHERE, MODELS, Model  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
@@ -41,8 +41,9 @@ HEADER = """# Video transformers of diffusers
 
 Written by `python bench/families.py` with diffusers {version}; the tests check that it is up to
 date. Tiny models under full compile, token grid {grid}. "Grid from": `graph` is the model's own
-reshapes. The convention says how the timestep becomes a noise level; where it is open, because one
-class serves several, `options={{"timestep": {{"convention": ...}}}}` states it.
+reshapes; `latent` is the shape of its input, where the graph breaks ahead of the attention. The
+convention says how the timestep becomes a noise level; where it is open, because one class serves
+several, `options={{"timestep": {{"convention": ...}}}}` states it.
 
 | class | graphs | replaced | grid from | timestep | left dense |
 |---|---|---|---|---|---|
@@ -81,11 +82,15 @@ def analyse(
     stated = (options or {}).get("grid")
     hints = Hints((stated,), "options") if stated else None
     names = argument_names(built)
-    graphs = _capture(built, {**model.inputs(grid), **given}, model.flags)
+    inputs = {**model.inputs(grid), **given}
+    graphs = _capture(built, inputs, model.flags)
+    latent = latent_of(bind(built, (), inputs))
     found = Found(len(graphs), [], None, "")
     family = family_of(built)
     found.convention = family.convention if family else ""
-    for gm in graphs:
+    for index, gm in enumerate(graphs):
+        if index and latent is not None and not stated:  # the first one tells the later ones
+            hints = Hints(tuple(latent_grids(built, latent.shape)), "latent")
         analysis = manager.analyse(gm, hints, None, names)
         found.sites += sites_of(analysis)
         if analysis.timestep is not None:

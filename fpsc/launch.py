@@ -193,9 +193,7 @@ class Launcher:
             self._bound[args[position]] = held
         return held
 
-    def _grid(
-        self, state: ModelState, found: Found, args: Sequence[Any]
-    ) -> tuple[int, int, int]:
+    def _grid(self, state: ModelState, found: Found, args: Sequence[Any]) -> tuple[int, int, int]:
         t, y, x = (self._value(size, args) for size in found.grid)
         if found.origin == "latent":
             # The graph does not hold the grid: another one may have as many tokens.

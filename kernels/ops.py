@@ -255,8 +255,9 @@ def _attention_backward_fake(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, _, N, D = out.shape
-    G = (k8 if k is None else k).shape[1]
-    return out.new_empty(out.shape), out.new_empty(B, G, N, D), out.new_empty(B, G, N, D)
+    shape = (B, k8.shape[1], N, D)
+    dk = out.new_empty(shape if k is None else k.shape)
+    return out.new_empty(out.shape), dk, out.new_empty(shape if v is None else v.shape)
 
 
 def _chosen(q: Tensor, kinds: int, kernel: str) -> str:

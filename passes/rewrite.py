@@ -8,7 +8,6 @@ inside them. The lists of a span whose length only the running graph knows are l
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +21,8 @@ import fpsc.kernels.ops
 import fpsc.kernels.rows
 import fpsc.kernels.spans  # noqa: F401  they register the ops that are inserted here
 from fpsc.kernels.kinds import ALL_CELLS
-from fpsc.passes.calls import AttentionCall
 from fpsc.passes.edit import erase_unused, erase_with_sources
-from fpsc.passes.graph import Body, Dim, Program, example, same, shape
+from fpsc.passes.graph import Body, Dim, Program, example
 from fpsc.passes.infer_grid import Found
 from fpsc.passes.match import Candidate
 from fpsc.passes.sizes import Sizes
@@ -147,9 +145,7 @@ class _Writer:
                 if span not in plans:
                     with graph.inserting_before(node):
                         plans[span] = self._plan(graph, span, original, values, copied)
-                copied[original] = self._replace(
-                    graph, node, original, values, plans[span], copied
-                )
+                copied[original] = self._replace(graph, node, original, values, plans[span], copied)
         for _, target in self.targets.values():
             written = target.candidate.call
             if written.restored in copied:
@@ -194,7 +190,6 @@ class _Writer:
         assert isinstance(out_example, torch.Tensor)
         scale = call.scale if call.scale is not None else _default_scale(out_example)
         with graph.inserting_before(node):
-            _assert_lengths(graph, (query, key, value), call)
             mask = None
             if target.candidate.key_mask is not None:
                 mask = _key_mask(graph, target.candidate.key_mask, copied)
@@ -245,7 +240,8 @@ class _Writer:
         query, *_ = node_arguments(copied[original])
         value = example(self.targets[original][1].candidate.call.query)
         assert isinstance(value, torch.Tensor)
-        given = (values[f"span.{index}"], prefix, suffix, _length(graph, query), value.device)
+        tokens = graph.call_function(torch.ops.aten.sym_size.int, (query, 2))
+        given = (values[f"span.{index}"], prefix, suffix, tokens, value.device)
         lists = graph.call_function(torch.ops.fpsc.plan.default, given)
         return [graph.call_function(operator.getitem, (lists, i)) for i in range(len(PLAN))]
 
@@ -271,22 +267,6 @@ def _computed(
         symbols[symbol] = fx.Proxy(node, tracer)
     found = sympy_interp(PythonReferenceAnalysis, symbols, size)
     return found.node if isinstance(found, fx.Proxy) else int(found)
-
-
-def _length(graph: fx.Graph, tensor: fx.Node) -> fx.Node:
-    return graph.call_function(torch.ops.aten.sym_size.int, (tensor, 2))
-
-
-def _assert_lengths(graph: fx.Graph, sides: Sequence[fx.Node], call: AttentionCall) -> None:
-    """Queries, keys and values are as long, also where the graph has several symbols for that."""
-    query, key, value = (shape(side) for side in (call.query, call.key, call.value))
-    assert query is not None and key is not None and value is not None
-    for other, side in ((key, sides[1]), (value, sides[2])):
-        if not same(query[2], other[2]):
-            lengths = (_length(graph, sides[0]), _length(graph, side))
-            equal = graph.call_function(operator.eq, lengths)
-            message = "fpsattn: queries, keys and values of a self-attention differ in length"
-            graph.call_function(torch.ops.aten._assert_scalar.default, (equal, message))
 
 
 def node_arguments(node: fx.Node) -> list[fx.Node]:

@@ -18,12 +18,12 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fpsc.passes.graph import Body, Dim, Program, dim, example, op_name, same, shape
 
-_PURE = frozenset(
-    ["getitem", "select", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"]
-    + ["expand", "permute", "transpose", "t", "contiguous", "to", "bool", "int", "long", "invert"]
-    + ["logical_not", "logical_and", "logical_or", "and_", "or_", "not_", "eq", "ne", "sum"]
-    + ["add", "sub", "neg", "cat", "ones", "zeros", "new_ones", "new_zeros", "nonzero", "item"]
-)
+_PURE = frozenset([
+    "getitem", "select", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze",
+    "expand", "permute", "transpose", "t", "contiguous", "to", "bool", "int", "long", "invert",
+    "logical_not", "logical_and", "logical_or", "and_", "or_", "not_", "eq", "ne", "sum", "add",
+    "sub", "neg", "cat", "ones", "zeros", "new_ones", "new_zeros", "nonzero", "item",
+])  # fmt: skip
 """Calls that give the same for the same arguments."""
 
 

@@ -53,9 +53,6 @@ DENSE = {
     "LatteTransformer3DModel": "inside frames or along time",
     "SanaVideoTransformer3DModel": "cross-attention",  # its self-attention is linear
     "Kandinsky6SRTransformer3DModel": "FlexAttention",
-    "MochiTransformer3DModel": "length that depends on data",
-    "HunyuanVideoFramepackTransformer3DModel": "length that depends on data",
-    "HunyuanVideo15Transformer3DModel": "this graph has no latent",
 }
 """Models of which nothing is replaced, with the words that say why."""
 
