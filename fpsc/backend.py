@@ -36,6 +36,7 @@ from fpsc.policy.resolve import kinds_of
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
 from fpsc.roots import RunningModule
 from fpsc.runtime import ModelState
+from fpsc.unseen import Watched, shows_video, takes_video
 
 inductor: Callable[..., Callable[..., Any]] = cast(Any, compile_fx)
 """Inductor, as a backend gets it: it returns a callable here, whatever its type says."""
@@ -65,22 +66,31 @@ def fpsattn(
         StrictError: with `strict`, a video self-attention was left dense.
     """
     parsed = parse(mode, options)
-    patches = inductor_patches(parsed)
     root = roots.root_for(roots.running_modules())
     state, origin = _state(root, parsed)
     analysis = _analyse(gm, state, root)
-    if analysis.candidates:
-        report = _report(analysis, state, origin, _side_channel(state, root))
-        record(report)
-        _check(report, parsed)
+    launcher = _rewrite(analysis, example_inputs, root, state, origin)
     compiled: Callable[..., Any]
-    if analysis.targets:
-        compiled = _compile(analysis, example_inputs, state, root, report, patches)
+    if launcher is not None:
+        compiled = _compile(launcher, example_inputs, inductor_patches(parsed))
     else:
-        compiled = inductor(gm, list(example_inputs), config_patches=patches)
+        compiled = inductor(gm, list(example_inputs), config_patches=inductor_patches(parsed))
+        if root is not None and root.args is not None:
+            watched = takes_video(root.module, root.args, root.kwargs)
+            compiled = Watched(compiled, state) if watched else compiled
     if root is not None and root.compiled and not root.resumed:
         return _observed(compiled, analysis, state, root)
     return compiled
+
+
+def rewrite_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Launcher | None:
+    """What the backend does before it compiles: a rewritten graph, or None where nothing is
+    replaced."""
+    root = roots.root_for(roots.running_modules())
+    state, origin = _state(root, options)
+    return _rewrite(_analyse(gm, state, root), example_inputs, root, state, origin)
 
 
 def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) -> Report:
@@ -243,14 +253,22 @@ def _check(report: Report, options: Options) -> None:
         warn(f"fpsattn: {note}", UserWarning, 2)
 
 
-def _compile(
+def _rewrite(
     analysis: Analysis,
     example_inputs: Sequence[Any],
-    state: ModelState,
     root: RunningModule | None,
-    report: Report,
-    patches: dict[str, Any],
-) -> Launcher:
+    state: ModelState,
+    origin: str,
+) -> Launcher | None:
+    """Report and rewrite; the launcher has no compiled graph yet."""
+    state.saw_video |= shows_video(analysis)
+    if not analysis.candidates:
+        return None
+    report = _report(analysis, state, origin, _side_channel(state, root))
+    record(report)
+    _check(report, state.options)
+    if not analysis.targets:
+        return None
     threaded = state.convention if analysis.timestep is not None else None
     kernel = state.options.kernel
     rewritten = manager.apply(analysis, threaded, kinds=_kinds(analysis, state), kernel=kernel)
@@ -264,14 +282,21 @@ def _compile(
         if root.args is not None:
             state.observe(root.args, root.kwargs)
     report.attach(state)
-    structure = repr([*sorted(runtime.structure_of(state.policy).items()), report.kernels])
+    return launcher
+
+
+def _compile(
+    launcher: Launcher, example_inputs: Sequence[Any], patches: dict[str, Any]
+) -> Launcher:
+    policy, kernels = launcher.state.policy, launcher.report.kernels
+    structure = repr([*sorted(runtime.structure_of(policy).items()), kernels])
     user_hook = patches.get(HOOK, getattr(inductor_config, HOOK))
     patches = {**patches, HOOK: CacheKey(structure, user_hook)}
     fake_mode = TracingContext.get().fake_mode
     assert fake_mode is not None
     try:
         launcher.compiled = inductor(
-            rewritten.module,
+            launcher.rewritten.module,
             [*example_inputs, *launcher.example_inputs(fake_mode)],
             config_patches=patches,
         )
