@@ -32,16 +32,29 @@ from fpsc.grid import TokenGrid  # noqa: E402
 from fpsc.passes import manager  # noqa: E402
 from fpsc.passes.infer_grid import Hints  # noqa: E402
 from fpsc.report import Site, sites_of  # noqa: E402
+<<<<<<< HEAD
 from fpsc.roots import argument_names  # noqa: E402
 from tests.families import MODELS, Model  # noqa: E402
+=======
+from fpsc.roots import argument_names, bind, latent_grids, latent_of  # noqa: E402
+from tests.families import ELSEWHERE, MODELS, Model  # noqa: E402
+>>>>>>> spans
 
 PAGE = ROOT / "docs" / "families.md"
 WORST = 1e-4  # relative RMS against eager in float32
 
 HEADER = """# Video transformers of diffusers
 
+<<<<<<< HEAD
 Written by `python bench/families.py` with diffusers {diffusers} and torch {torch}; the tests check
 that it is up to date. Tiny models under full compile, one batch element, float32.
+=======
+Written by `python bench/families.py` with diffusers {version}; the tests check that it is up to
+date. Tiny models under full compile, token grid {grid}. "Grid from": `graph` is the model's own
+reshapes; `latent` is the shape of its input, where the graph breaks ahead of the attention. The
+convention says how the timestep becomes a noise level; where it is open, because one class serves
+several, `options={{"timestep": {{"convention": ...}}}}` states it.
+>>>>>>> spans
 
 - **replaced**: attentions on token grid {grid}. Where another grid compiled again and fewer were
   replaced, that number follows.
@@ -91,11 +104,15 @@ def analyse(
     stated = (model.options(TokenGrid(*grid)) if options is None else options).get("grid")
     hints = Hints((stated,), "options") if stated else None
     names = argument_names(built)
-    graphs = _capture(built, {**model.inputs(grid), **given}, model.flags)
+    inputs = {**model.inputs(grid), **given}
+    graphs = _capture(built, inputs, model.flags)
+    latent = latent_of(bind(built, (), inputs))
     found = Found(len(graphs), [], None, "")
     family = family_of(built)
     found.convention = family.convention if family else ""
-    for gm in graphs:
+    for index, gm in enumerate(graphs):
+        if index and latent is not None and not stated:  # the first one tells the later ones
+            hints = Hints(tuple(latent_grids(built, latent.shape)), "latent")
         analysis = manager.analyse(gm, hints, None, names)
         found.sites += sites_of(analysis)
         if analysis.timestep is not None:

@@ -25,14 +25,17 @@ from fpsc.families import family_of
 from fpsc.guard import guard_structure
 from fpsc.kernels.kinds import FP8_CELLS
 from fpsc.kernels.select import Choice, fp8_support, select
-from fpsc.launch import Launcher
+from fpsc.launch import Launcher, Observer
 from fpsc.options import OptionError, Options, inductor_patches, parse
 from fpsc.passes import manager
 from fpsc.passes.attempt import attempt
+from fpsc.passes.graph import is_parameter
 from fpsc.passes.infer_grid import Hints
 from fpsc.passes.manager import Analysis, Limits
 from fpsc.passes.match import Role
 from fpsc.passes.rewrite import Rewritten
+from fpsc.passes.streams import latents
+from fpsc.passes.thread import argument_name
 from fpsc.policy.resolve import kinds_of
 from fpsc.recompute import in_backward
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
@@ -70,13 +73,19 @@ def fpsattn(
     parsed = parse(mode, options)
     root = _root(example_inputs)
     state = _state(root, parsed)
-    launcher = _rewrite(gm, example_inputs, root, state)
+    analysis = _analysed(gm, state, root)
+    launcher = _rewrite(analysis, example_inputs, root, state) if analysis else None
+    compiled: Callable[..., Any]
     if launcher is not None:
-        return _compile(launcher, example_inputs, inductor_patches(parsed))
-    compiled = inductor(gm, list(example_inputs), config_patches=inductor_patches(parsed))
-    if root is None or root.args is None or not takes_video(root.module, root.args, root.kwargs):
-        return compiled
-    return Watched(compiled, state)
+        compiled = _compile(launcher, example_inputs, inductor_patches(parsed))
+    else:
+        compiled = inductor(gm, list(example_inputs), config_patches=inductor_patches(parsed))
+        if root is not None and root.args is not None:
+            watched = takes_video(root.module, root.args, root.kwargs)
+            compiled = Watched(compiled, state) if watched else compiled
+    if analysis is not None and root is not None and root.compiled:
+        return _observed(compiled, analysis, state, root)
+    return compiled
 
 
 def rewrite_graph(
@@ -85,7 +94,9 @@ def rewrite_graph(
     """What the backend does before it compiles: a rewritten graph, or None where nothing is
     replaced."""
     root = _root(example_inputs)
-    return _rewrite(gm, example_inputs, root, _state(root, options))
+    state = _state(root, options)
+    analysis = _analysed(gm, state, root)
+    return _rewrite(analysis, example_inputs, root, state) if analysis else None
 
 
 def _root(example_inputs: Sequence[Any]) -> RunningModule | None:
@@ -107,7 +118,7 @@ def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) 
     """
     state = _state(None, parse(None, options))
     analysis = _analyse(gm, state, None, strict=state.options.strict)
-    return _report(analysis, state, hooked=True)
+    return _report(analysis, state, "the root module")
 
 
 def _state(root: RunningModule | None, options: Options) -> ModelState:
@@ -133,6 +144,13 @@ def _state(root: RunningModule | None, options: Options) -> ModelState:
 
 def _nothing(reason: str) -> None:
     warn(f"fpsattn replaced nothing in this graph: {reason}", NothingReplacedWarning, 2)
+
+
+def _analysed(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) -> Analysis | None:
+    """What a graph holds; None, with a warning, where an error of ours keeps that from being known."""
+    strict = state.options.strict
+    look = partial(_analyse, gm, state, root, strict=strict)
+    return attempt(look, _nothing, "this graph", strict=strict)
 
 
 def _analyse(
@@ -166,16 +184,38 @@ def _replace(analysis: Analysis, state: ModelState) -> Rewritten | None:
     )
 
 
+def _observed(
+    compiled: Callable[..., Any], analysis: Analysis, state: ModelState, root: RunningModule
+) -> Callable[..., Any]:
+    """The graph with which a forward begins, so that later ones know its latent and timestep."""
+    placeholders = analysis.program.placeholders
+    names = roots.argument_names(root.module)
+
+    def place(node: fx.Node) -> int:
+        name = argument_name(node, names)
+        return names.index(name) if name in names else len(names)
+
+    latent = min(latents(analysis.program), key=place, default=None)
+    weight = next((node for node in placeholders if is_parameter(node)), None)
+    if latent is None and analysis.timestep is None:
+        return compiled
+    positions = (
+        None if node is None else placeholders.index(node)
+        for node in (latent, analysis.timestep, weight)
+    )
+    return Observer(compiled, state, *positions)
+
+
 def _takes_hook(root: RunningModule | None) -> bool:
     """Whether a hook on the root will run before each of its forwards."""
     return root is not None and root.called
 
 
-def _report(analysis: Analysis, state: ModelState, hooked: bool) -> Report:
+def _report(analysis: Analysis, state: ModelState, elsewhere: str) -> Report:
     threaded = analysis.timestep is not None and state.convention is not None
     sites = sites_of(analysis)
     notes = [*analysis.warnings, *state.notes, *runtime.mismatches(state, state.policy, sites)]
-    if state.convention is not None and not threaded and not hooked:
+    if state.convention is not None and not threaded and not elsewhere:
         notes.append(
             "the timestep is not a tensor among the inputs of this graph: every forward uses the "
             "policy's densest row; pass it as a tensor, and name its argument with "
@@ -199,11 +239,7 @@ def _report(analysis: Analysis, state: ModelState, hooked: bool) -> Report:
         policy=state.policy.name,
         policy_source=state.origin,
         sites=sites,
-        timestep="an input of the graph"
-        if threaded
-        else "the root module"
-        if hooked
-        else "nowhere",
+        timestep="an input of the graph" if threaded else elsewhere or "nowhere",
         kernels=sorted({f"{choice.name} ({choice.reason})" for choice in choices}),
         notes=notes,
         _state=None,
@@ -258,22 +294,17 @@ def _guard(analysis: Analysis, example_inputs: Sequence[Any], state: ModelState)
 
 
 def _rewrite(
-    gm: fx.GraphModule,
+    analysis: Analysis,
     example_inputs: Sequence[Any],
     root: RunningModule | None,
     state: ModelState,
 ) -> Launcher | None:
-    """Analyse, report, rewrite; the launcher has no compiled graph yet."""
-    strict = state.options.strict
-    look = partial(_analyse, gm, state, root, strict=strict)
-    analysis = attempt(look, _nothing, "this graph", strict=strict)
-    if analysis is None:
-        return None
+    """Report and rewrite; the launcher has no compiled graph yet."""
     state.saw_video |= shows_video(analysis)
     if not analysis.candidates:
         return None
     rewritten = _replace(analysis, state) if analysis.targets else None
-    report = _report(analysis, state, hooked=_takes_hook(root))
+    report = _report(analysis, state, _side_channel(state, root))
     record(report)
     _check(report, state.options)
     _guard(analysis, example_inputs, state)

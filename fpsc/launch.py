@@ -12,13 +12,14 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fpsc import roots, runtime
+from fpsc.choice import Choice
 from fpsc.passes.graph import Dim, Program, example, is_parameter, shape
 from fpsc.passes.infer_grid import Found
 from fpsc.passes.rewrite import PLAN, PREFIX, Rewritten
@@ -74,11 +75,12 @@ class Launcher:
             for position, node in enumerate(placeholders)
             if not is_parameter(node) and isinstance(example(node), torch.Tensor)
         ]
-        query = example(rewritten.targets[0].candidate.call.query)
-        assert isinstance(query, torch.Tensor)
+        first = rewritten.targets[0].candidate
+        query, sizes = example(first.call.query), shape(first.call.query)
+        assert isinstance(query, torch.Tensor) and sizes is not None
         self._tokens = [_tokens_of(rewritten, found) for found in rewritten.spans]
         self._heads = int(query.shape[1])
-        self._batch = query.shape[0] if isinstance(query.shape[0], int) else None
+        self._batch = first.element.batch if first.element else sizes[0]
         self._device = query.device
         self._bound = WeakTensorKeyDictionary()
         self._unbound: _Bound | None = None
@@ -97,6 +99,7 @@ class Launcher:
             *outputs, rows = outputs
             assert self._timestep is not None
             state.count(rows, args[self._timestep])
+            state.forward.rows = rows  # for graphs that follow in this forward
         if self._first:
             self._first = False
             log.info("fpsc: %s", self.report.summary())
@@ -115,7 +118,7 @@ class Launcher:
     def _example(self, name: str, fake_mode: FakeTensorMode) -> Tensor:
         sizes: dict[str, tuple[list[int], list[int]]] = {  # shape, dynamic axes
             "edges": ([ROWS], []),
-            "rows": ([self._batch or _DYNAMIC], [] if self._batch else [0]),
+            "rows": ([self._batch], []) if isinstance(self._batch, int) else ([_DYNAMIC], [0]),
             "cells": ([len(self._weights), ROWS, self._heads], []),
             "modes": ([MODES, 3], []),
             "list_ptr": ([PATTERNS, _DYNAMIC], [1]),
@@ -126,15 +129,18 @@ class Launcher:
             "groups": ([GROUPINGS, _DYNAMIC], [1]),
             "gather": ([_DYNAMIC, 128], [0]),
             "valid": ([_DYNAMIC], [0]),
+            "span": ([4], []),
         }
-        shape, dynamic = sizes[name.partition(".")[0]]
-        dtype = torch.float32 if name == "edges" else torch.int32
+        kind = name.partition(".")[0]
+        shape, dynamic = sizes[kind]
+        dtype = {"edges": torch.float32, "span": torch.int64}.get(kind, torch.int32)
+        device = torch.device("cpu") if kind == "span" else self._device
         axes = [
             DimDynamic.DYNAMIC if axis in dynamic else DimDynamic.STATIC
             for axis in range(len(shape))
         ]
         return fake_mode.from_tensor(
-            torch.empty(shape, dtype=dtype, device=self._device),
+            torch.empty(shape, dtype=dtype, device=device),
             source=ConstantSource(PREFIX + name.replace(".", "_")),
             symbolic_context=StatelessSymbolicContext(
                 dynamic_sizes=axes, constraint_sizes=[None] * len(shape)
@@ -156,19 +162,10 @@ class Launcher:
 
     def _adopt(self, weight: Tensor, weights: Sequence[Tensor]) -> ModelState:
         """State for a model that shares compiled code, or whose parameters were replaced."""
-        running = roots.running_modules()
-        holding = [r for r in running if any(p is weight for p in r.module.parameters())]
-        root = roots.root_for(holding)
+        root = roots.root_holding(weight)
         if root is None:
             return self.state
-        state = runtime.state_of_root(root.module)
-        fresh = state is None
-        if state is None:
-            own = self.state
-            # `set_policy` may have given the other model a policy that this code is not for.
-            chosen = own.chosen if own.structure == self.structure else self._chosen
-            state = ModelState(root.module, chosen, own.options, own.convention)
-            runtime.remember_root(root.module, state)
+        state, fresh = _state_like(self.state, self._chosen, root.module)
         runtime.remember(weights, state)
         state.table(self._heads, self._device)
         if fresh:
@@ -220,12 +217,15 @@ class Launcher:
         tensors = {"edges": table.edges, "cells": bound.cells, "modes": table.modes}
         forward = state.forward if self.rewritten.returns_rows else self._forward(state, args)
         if not self.rewritten.returns_rows:
-            rows = forward.rows
-            if rows is None or rows.device != self._device:
-                rows = state.fallback_rows(table)
-            tensors["rows"] = rows.expand(self._batch) if self._batch and len(rows) == 1 else rows
+            rows = state.rows(forward, table)
+            batch = self._value(self._batch, args) if self._is_known(self._batch) else len(rows)
+            tensors["rows"] = rows.expand(batch) if len(rows) == 1 else rows
         for index, found in enumerate(self.rewritten.spans):
-            span = self._span(forward, found, args)
+            grid = self._grid(state, forward, found, args)
+            if found.in_graph:
+                tensors[f"span.{index}"] = torch.tensor([state.number, *grid])
+                continue
+            span = Span(grid, self._value(found.prefix, args), self._value(found.suffix, args))
             self._check(span, index, args)
             plan = state.plan(span, self._device)
             tensors.update({f"{name}.{index}": plan.tensors[name] for name in PLAN})
@@ -246,20 +246,22 @@ class Launcher:
             self._bound[args[position]] = held
         return held
 
-    def _span(self, forward: Forward, found: Found, args: Sequence[Any]) -> Span:
-        sizes = (*found.grid, found.prefix, found.suffix)
-        t, y, x, prefix, suffix = (self._value(size, args) for size in sizes)
+    def _grid(
+        self, state: ModelState, forward: Forward, found: Found, args: Sequence[Any]
+    ) -> tuple[int, int, int]:
+        t, y, x = (self._value(size, args) for size in found.grid)
         if found.origin == "latent":
             # The graph does not hold the grid: another one may have as many tokens.
-            grid = forward.grid_for(t * y * x)
+            grids = state.grids(forward)
+            grid = next((g for g in grids if g[0] * g[1] * g[2] == t * y * x), None)
             if grid is None:
                 raise RuntimeError(
                     f"fpsattn: this attention has {t * y * x} video tokens, and the latent of this "
-                    f"forward gives grid {[list(g) for g in forward.grids] or 'none'}; call the "
+                    f"forward gives grid {[list(g) for g in grids] or 'none'}; call the "
                     'model through its root module, or state options={"grid": [T, Y, X]}'
                 )
-            t, y, x = grid
-        return Span((t, y, x), prefix, suffix)
+            return grid
+        return t, y, x
 
     def _check(self, span: Span, index: int, args: Sequence[Any]) -> None:
         """On a GPU nothing else would see that a grid is not that of the sequence."""
@@ -272,6 +274,10 @@ class Launcher:
                     'the right one with options={"grid": [T, Y, X]}'
                 )
 
+    def _is_known(self, size: Dim) -> bool:
+        """Whether a size can be read from the inputs."""
+        return isinstance(size, int) or size.free_symbols <= self._symbols.keys()
+
     def _value(self, size: Dim, args: Sequence[Any]) -> int:
         if isinstance(size, int):
             return size
@@ -280,6 +286,65 @@ class Launcher:
             position, axis = self._symbols[symbol]
             values[symbol] = int(args[position] if axis is None else args[position].size(axis))
         return int(size.xreplace(values))
+
+
+class Observer:
+    """Calls a compiled graph with which a forward begins, and notes what it is given.
+
+    Graphs after a break of the graph have neither the latent nor the timestep among their inputs.
+
+    Args:
+        compiled: the graph.
+        state: the model that it was compiled for. Other models may share the compiled code.
+        latent, timestep: positions among the inputs, or None.
+        weight: position of a parameter, by which the model is known; None if there is none.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        state: ModelState,
+        latent: int | None,
+        timestep: int | None,
+        weight: int | None,
+    ) -> None:
+        self.compiled = compiled
+        self._positions = latent, timestep, weight
+        self._state = state
+        self._chosen = state.chosen
+        self._states = WeakTensorKeyDictionary()
+
+    def __call__(self, *args: Any) -> Any:
+        latent, timestep, weight = (None if p is None else args[p] for p in self._positions)
+        self._state_for(weight).see(latent, timestep)
+        return self.compiled(*args)
+
+    def _state_for(self, weight: Tensor | None) -> ModelState:
+        if weight is None:
+            return self._state
+        state = self._states.get(weight)
+        if state is None:
+            root = roots.root_holding(weight)
+            state = _state_like(self._state, self._chosen, root.module)[0] if root else self._state
+            self._states[weight] = state
+        return state
+
+
+def _state_like(own: ModelState, chosen: Choice, module: nn.Module) -> tuple[ModelState, bool]:
+    """The state of a model that shares compiled code with another one, and whether it is new.
+
+    Args:
+        own: state of the model that the code was compiled for.
+        chosen: the policy that it had then.
+    """
+    state = runtime.state_of_root(module)
+    if state is not None:
+        return state, False
+    # `set_policy` may since have given the other model a policy that this code is not for.
+    serves = own.structure == runtime.structure_of(chosen.policy)
+    state = ModelState(module, own.chosen if serves else chosen, own.options, own.convention)
+    runtime.remember_root(module, state)
+    return state, True
 
 
 def _cells_of(table: runtime.DeviceTable, layers: Sequence[int | None]) -> Tensor:

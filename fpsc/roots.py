@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
 from fpsc.passes.thread import TIMESTEP
 
@@ -79,6 +81,12 @@ def root_for(running: Sequence[RunningModule]) -> RunningModule | None:
     return running[0] if running else None
 
 
+def root_holding(weight: Tensor) -> RunningModule | None:
+    """The root of the running modules that hold a parameter, or None."""
+    running = running_modules()
+    return root_for([r for r in running if any(p is weight for p in r.module.parameters())])
+
+
 def argument_names(module: nn.Module) -> list[str]:
     """Names of the positional arguments of a module's forward, without `self`."""
     try:
@@ -110,22 +118,23 @@ def latent_of(arguments: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def latent_grids(module: nn.Module, latent: Tensor) -> list[tuple[int, int, int]]:
-    """Token grids that a latent of this shape can have in a model, most certain first.
+def latent_grids(module: nn.Module, shape: torch.Size) -> list[tuple[int, int, int]]:
+    """Token grids that a latent of a shape [B, C, T, Y, X] or [B, T, C, Y, X] can have in a model,
+    most certain first.
 
     A 3D convolution that takes the latent's channels says it outright. Else the patch is unknown,
     and every common patch that divides the latent is a candidate.
     """
-    _, channels, *size = latent.shape
+    _, channels, *size = shape
     grids = []
     for layer in module.modules():
         if isinstance(layer, nn.Conv3d) and layer.in_channels == channels:
-            shape = _convolved(layer, size)
-            if shape is not None and shape not in grids:
-                grids.append(shape)
+            grid = _convolved(layer, size)
+            if grid is not None and grid not in grids:
+                grids.append(grid)
     if not grids:
         for axes in ((2, 3, 4), (1, 3, 4)):  # [B, C, T, Y, X], then [B, T, C, Y, X]
-            t, y, x = (int(latent.shape[a]) for a in axes)
+            t, y, x = (int(shape[a]) for a in axes)
             for patch_t in (1, 2):
                 for patch in (1, 2, 4):
                     if t % patch_t == 0 and y % patch == 0 and x % patch == 0:

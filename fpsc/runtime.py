@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fpsc import roots
 from fpsc.choice import Choice, for_component
 from fpsc.grid import layout
+from fpsc.kernels import spans
 from fpsc.kernels.rows import noise_level, noise_rows
 from fpsc.kernels.select import fp8_support
 from fpsc.options import Options
@@ -33,6 +35,8 @@ from fpsc.recompute import Pins
 from fpsc.report import Phase, Site
 
 TABLE_FIELDS = ("edges", "cells", "modes")
+PLANS = 64
+"""Plans that a model keeps: there is one for every grid and every length of text."""
 
 
 class StructureError(ValueError):
@@ -76,18 +80,16 @@ class Forward:
     """What the side channel knows of a forward.
 
     Attributes:
-        rows: noise rows, int32 [B]; None when the timestep is not known.
-        grids: (T, Y, X) that its latent can have.
+        latent: shape of the video latent.
+        timestep: as the model was given it.
+        rows: noise rows, int32 [B], once a graph has asked for them.
         differentiated: whether its blocks may be computed again, in backward.
     """
 
+    latent: torch.Size | None = None
+    timestep: Tensor | None = None
     rows: Tensor | None = None
-    grids: tuple[tuple[int, int, int], ...] = ()
     differentiated: bool = False
-
-    def grid_for(self, tokens: int) -> tuple[int, int, int] | None:
-        """The grid of this forward that has a number of tokens, or None."""
-        return next((g for g in self.grids if g[0] * g[1] * g[2] == tokens), None)
 
 
 @dataclass
@@ -123,7 +125,9 @@ class ModelState:
         self.version = 0
         self._layers = _Layers()
         self._tables: dict[tuple[int, torch.device, bool], DeviceTable] = {}
-        self._plans: dict[tuple[Span, torch.device], DevicePlan] = {}
+        self._plans: OrderedDict[tuple[Span, torch.device], DevicePlan] = OrderedDict()
+        self._grids: dict[torch.Size, tuple[tuple[int, int, int], ...]] = {}
+        self.number = spans.register(self)  # by which a graph names this model
         self._used: Tensor | None = None
         self._last_timestep: Tensor | None = None
         self.unknown_layers = False
@@ -240,7 +244,17 @@ class ModelState:
                 made = plan(self.policy, layout(span.grid, tile, span.prefix, span.suffix))
                 tensors = {name: getattr(made, name).to(device) for name in PLAN}
             self._plans[key] = DevicePlan(made, tensors)
+            if len(self._plans) > PLANS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
         return self._plans[key]
+
+    def lists(
+        self, grid: tuple[int, int, int], prefix: int, suffix: int, device: torch.device
+    ) -> list[Tensor]:
+        """The tables of a span, in the order of `PLAN`, for graphs that look them up."""
+        tensors = self.plan(Span(grid, prefix, suffix), device).tensors
+        return [tensors[name] for name in PLAN]
 
     def take(self, chosen: Choice) -> None:
         """Put a policy that was found again, and says other numbers now, in place of this one's."""
@@ -302,21 +316,31 @@ class ModelState:
         if root is None:
             return
         arguments = roots.bind(root, args, kwargs)
-        forward = Forward(differentiated=torch.is_grad_enabled())
-        self.pins.sweep()
-        latent = roots.latent_of(arguments)
-        if latent is not None:
-            forward.grids = tuple(roots.latent_grids(root, latent))
         name = roots.timestep_argument(root, self.options.timestep.argument)
-        timestep = arguments.get(name) if name else None
+        self.see(roots.latent_of(arguments), arguments.get(name) if name else None)
+
+    def see(self, latent: Tensor | None, timestep: object) -> None:
+        """A forward begins, with this latent and this timestep (a tensor or a number)."""
         if isinstance(timestep, int | float):
             device = latent.device if latent is not None else None
             timestep = torch.tensor([float(timestep)], device=device)
-        if isinstance(timestep, Tensor) and self.convention is not None and self._tables:
-            edges = next(iter(self._tables.values())).edges.to(timestep.device)
-            forward.rows = noise_rows(timestep.detach(), edges, self.convention)
+        self.pins.sweep()
+        self.forward = Forward(
+            latent.shape if latent is not None else None,
+            timestep.detach() if isinstance(timestep, Tensor) else None,
+            differentiated=torch.is_grad_enabled(),
+        )
+
+    def rows(self, forward: Forward, table: DeviceTable) -> Tensor:
+        """Rows of a forward; its policy's densest one where the noise is not known."""
+        device = table.edges.device
+        if forward.rows is None:
+            if forward.timestep is None or self.convention is None:
+                return torch.full((1,), table.table.densest, dtype=torch.int32, device=device)
+            timestep = forward.timestep.to(device)
+            forward.rows = noise_rows(timestep, table.edges, self.convention)
             self.count(forward.rows, timestep)
-        self.forward = forward
+        return forward.rows.to(device)
 
     @property
     def hooked(self) -> bool:
@@ -347,11 +371,18 @@ class ModelState:
         """Grids that this forward can have, and where that is known from."""
         if self.options.grid is not None:
             return (self.options.grid,), "options"
-        return self.forward.grids, "latent" if self.forward.grids else ""
+        grids = self.grids(self.forward)
+        return grids, "latent" if grids else ""
 
-    def fallback_rows(self, table: DeviceTable) -> Tensor:
-        """The densest row, for forwards whose noise level is not known."""
-        return torch.full((1,), table.table.densest, dtype=torch.int32, device=table.edges.device)
+    def grids(self, forward: Forward) -> tuple[tuple[int, int, int], ...]:
+        """(T, Y, X) that the latent of a forward can have."""
+        root, shape = self.root, forward.latent
+        if root is None or shape is None:
+            return ()
+        if shape not in self._grids:
+            self._grids[shape] = tuple(roots.latent_grids(root, shape))
+        return self._grids[shape]
+
 
     # ---- what was used
 

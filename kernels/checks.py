@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def check_shapes(
             )
     B, H, N, D = q_BHND.shape
     G = k_BGND.shape[1]
-    if k_BGND.shape != v_BGND.shape or (k_BGND.shape[0], *k_BGND.shape[2:]) != (B, N, D):
+    if any(_differ(x.shape, (B, G, N, D)) for x in (k_BGND, v_BGND)):
         raise ValueError(
             "k and v: expected [B, G, N, D] with the B, N and D of q (self-attention), got "
             f"q {list(q_BHND.shape)}, k {list(k_BGND.shape)}, v {list(v_BGND.shape)}; leave "
@@ -105,10 +107,25 @@ def check_shapes(
             raise ValueError(
                 f"key_mask: expected dtype torch.bool (True takes part), got {key_mask.dtype}"
             )
-        if key_mask.shape != (B, N):
+        if _differ(key_mask.shape, (B, N)):
             raise ValueError(
                 f"key_mask: expected [B, N] = {[B, N]}, got shape {list(key_mask.shape)}"
             )
+
+
+def _differ(found: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether sizes are known to differ. Of those that depend on data nothing is known in advance:
+    they are looked at when the op runs."""
+    pairs = zip(found, expected, strict=True)
+    return any(_is_known(f != e) for f, e in pairs)
+
+
+def _is_known(condition: bool | torch.SymBool) -> bool:
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # only where graphs are made
+
+    return guard_or_false(condition)
 
 
 def check_lengths(

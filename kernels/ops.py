@@ -255,8 +255,11 @@ def _attention_backward_fake(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, _, N, D = out.shape
-    G = (k8 if k is None else k).shape[1]
-    return out.new_empty(out.shape), out.new_empty(B, G, N, D), out.new_empty(B, G, N, D)
+    if k is None or v is None:  # then k8 is there
+        dk, dv = (out.new_empty(B, k8.shape[1], N, D) for _ in range(2))
+    else:
+        dk, dv = out.new_empty(k.shape), out.new_empty(v.shape)
+    return out.new_empty(out.shape), dk, dv
 
 
 def _chosen(q: Tensor, kinds: int, kernel: str) -> str:

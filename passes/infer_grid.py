@@ -80,12 +80,14 @@ class Found:
         grid: sizes along (T, Y, X).
         origin: `graph`, `latent` or `options`.
         prefix, suffix: text tokens before and after the video span.
+        in_graph: whether only the running graph knows prefix and suffix.
     """
 
     grid: Grid
     origin: str
     prefix: Dim = 0
     suffix: Dim = 0
+    in_graph: bool = False
 
 
 def infer_grid(program: Program, candidates: list[Candidate], hints: Hints) -> list[Found | Unfit]:
@@ -120,7 +122,10 @@ def infer_grid(program: Program, candidates: list[Candidate], hints: Hints) -> l
         else:
             found.append(_from_tables(candidate, tables[index]))
     known = {s for node in program.placeholders for s in _symbols(node)}
-    return [_readable(each, known) for each in found]
+    return [
+        _readable(streams, candidate.call, each, known)
+        for candidate, each in zip(candidates, found, strict=True)
+    ]
 
 
 def _symbols(node: fx.Node) -> set[sympy.Symbol]:
@@ -133,17 +138,30 @@ def _symbols(node: fx.Node) -> set[sympy.Symbol]:
     }
 
 
-def _readable(found: Found | Unfit, known: set[sympy.Symbol]) -> Found | Unfit:
-    """A span can only be planned where its sizes are known before the graph runs."""
+def _readable(
+    streams: Streams, call: AttentionCall, found: Found | Unfit, known: set[sympy.Symbol]
+) -> Found | Unfit:
+    """Where a span's sizes can be read: from the graph's inputs, else inside the graph."""
     if isinstance(found, Unfit):
         return found
-    for size in (*found.grid, found.prefix, found.suffix):
-        if not isinstance(size, int) and not size.free_symbols <= known:
-            return Unfit(
-                f"a span of {size} tokens has a length that depends on data (padding is removed "
-                "inside the model), so no tiles can be laid out before the graph runs"
-            )
-    return found
+    for size in found.grid:
+        if not _free(size) <= known:
+            return Unfit(f"a token grid with an axis of {size}, a length that depends on data")
+    text = [streams.sizes.of(size) for size in (found.prefix, found.suffix)]
+    needed = _free(text[0]) | _free(text[1])
+    if needed <= known:
+        return found
+    body = streams.program.body_of[call.sdpa]
+    if not needed <= streams.sizes.readable(body, call.sdpa).keys():
+        return Unfit(
+            f"text of {text[0]} and {text[1]} tokens before and after the video: lengths that "
+            "depend on data, and that no tensor in front of this attention has"
+        )
+    return replace(found, prefix=text[0], suffix=text[1], in_graph=True)
+
+
+def _free(size: Dim) -> set[sympy.Symbol]:
+    return set() if isinstance(size, int) else set(size.free_symbols)
 
 
 def _moved(streams: Streams, candidate: Candidate) -> str:

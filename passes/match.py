@@ -16,6 +16,7 @@ from fpsc.passes.graph import (
     is_cat,
     is_convolution,
     is_linear,
+    is_parameter,
     op_name,
     same,
     same_sizes,
@@ -39,6 +40,14 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True)
+class Element:
+    """Position `index` of a batch of `batch` elements."""
+
+    index: int
+    batch: Dim
+
+
+@dataclass(frozen=True)
 class Candidate:
     """An attention call with what the data flow says of it.
 
@@ -47,8 +56,12 @@ class Candidate:
             concatenation, else `VIDEO`.
         segments: spans of the sequence, in order.
         key_mask: bool node [B, any, any, N] whose first head and query hold for all, or None.
+<<<<<<< HEAD
         query_mask: bool node [B, 1, 1, N]: queries that see no key, of which SDPA makes zeros, are
             False; None where there are none.
+=======
+        element: the batch element that it is for, where elements attend one by one; else None.
+>>>>>>> spans
         reason: why the call stays dense; "" when it is self-attention that may be replaced.
     """
 
@@ -58,6 +71,7 @@ class Candidate:
     key_mask: fx.Node | None = None
     query_mask: fx.Node | None = None
     reason: str = ""
+    element: Element | None = None
 
 
 def match(program: Program, calls: list[AttentionCall]) -> list[Candidate]:
@@ -93,7 +107,7 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
         )
     if not sources[0] & sources[1]:
         return dense(Role.CROSS, "cross-attention: queries and keys come from different streams")
-    if not same(query[2], key[2]):
+    if not streams.sizes.same(query[2], key[2]):
         return dense(
             Role.OTHER,
             f"queries and keys differ in length ({query[2]} and {key[2]} tokens); keys of text or "
@@ -103,7 +117,9 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
         return dense(
             Role.FRAME, f"batch merged from {merged}: attention inside frames or along time"
         )
-    if batch is not None and not same(query[0], batch):
+    alone = same(query[0], 1) and not (batch is not None and same(batch, 1))
+    element = element_of(streams, call, batch) if alone else None
+    if batch is not None and not same(query[0], batch) and element is None:
         return dense(
             Role.FRAME,
             f"batch of {query[0]} against {batch} latents: attention inside frames or along time",
@@ -125,7 +141,58 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
             return dense(Role.OTHER, mask_problem(call.mask))
     segments = _segments(streams, call.query, query[2])
     role = Role.JOINT if len(segments) > 1 else Role.VIDEO
+<<<<<<< HEAD
     return Candidate(call, role, segments, key_mask, query_mask)
+=======
+    return Candidate(call, role, segments, key_mask, element=element)
+
+
+def element_of(streams: Streams, call: AttentionCall, batch: Dim | None) -> Element | None:
+    """The batch element that queries, keys and values are all taken from; None if not just one.
+
+    Args:
+        batch: number of latents; None where the graph has none.
+    """
+    program, found = streams.program, set[Element]()
+    starts = [side for side in (call.query, call.key, call.value) if side is not None]
+    seen, queue = set(starts), list(starts)
+    leaves = []
+    for node in queue:
+        picked = _picked(node)
+        if picked is not None and (batch is None or same(picked.batch, batch)):
+            found.add(picked)
+            continue
+        following = program.inputs_of(node)
+        if not following and not is_parameter(node):
+            leaves.append(node)
+        for previous in following:
+            if previous not in seen:
+                seen.add(previous)
+                queue.append(previous)
+    if len(found) != 1:
+        return None
+    element = found.pop()
+    whole = [s for leaf in leaves if (s := shape(leaf)) and same(s[0], element.batch)]
+    return None if whole or streams.latents & set(leaves) else element
+
+
+def _picked(node: fx.Node) -> Element | None:
+    """The element that `x[b : b + 1]`, `x[b]` or `x.unbind()[b]` takes of a batch."""
+    if op_name(node) != "getitem" or not isinstance(source := node.args[0], fx.Node):
+        return None
+    index, sizes = node.args[1], shape(source)
+    first = index[0] if isinstance(index, tuple) and index else index
+    if op_name(source) == "unbind" and argument(source, 1, "dim", 0) == 0:
+        sizes = shape(source.args[0])
+    if isinstance(first, slice):
+        one = isinstance(first.start, int) and first.stop == first.start + 1 and first.start >= 0
+        first = first.start if one else None
+    if not isinstance(first, int) or not sizes or same(sizes[0], 1):
+        return None
+    if first < 0 and not isinstance(sizes[0], int):
+        return None
+    return Element(first if first >= 0 else int(sizes[0]) + first, sizes[0])
+>>>>>>> spans
 
 
 def _merged_batch(node: fx.Node) -> list[Dim]:

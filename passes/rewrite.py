@@ -2,7 +2,7 @@
 
 The graph is copied, never changed in place: Dynamo goes on using the one it made. New inputs are
 appended after the existing ones, and through the bodies of checkpoint regions down to the sites
-inside them.
+inside them. The lists of a span whose length only the running graph knows are looked up in it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 import fpsc.kernels.ops
-import fpsc.kernels.rows  # noqa: F401  both register the ops that are inserted here
+import fpsc.kernels.rows
+import fpsc.kernels.spans  # noqa: F401  they register the ops that are inserted here
 from fpsc.kernels.kinds import ALL_CELLS
 from fpsc.passes.edit import erase_unused, erase_with_sources
-from fpsc.passes.graph import Body, Program, dim, example, same
+from fpsc.passes.graph import Body, Dim, Program, dim, example, same
 from fpsc.passes.infer_grid import Found
 from fpsc.passes.match import Candidate
+from fpsc.passes.sizes import Sizes
 from fpsc.passes.thread import Weight
 
 TABLE = ("cells", "modes")
@@ -46,7 +51,8 @@ class Rewritten:
 
     Attributes:
         inputs: names of the inputs that were appended, in order: `edges` or `rows`; `cells`,
-            `modes`; and for every span i the names of `PLAN`, as `list_ptr.i`.
+            `modes`; and for every span i the names of `PLAN`, as `list_ptr.i`, or `span.i` where
+            the graph looks the lists up.
         spans: the different (grid, prefix, suffix) of the sites.
         targets: the sites, in the order of the first axis of `cells`.
         returns_rows: whether the graph returns its noise rows after its own outputs.
@@ -82,8 +88,10 @@ def rewrite(
             spans.append(target.found)
     threaded = timestep is not None and convention is not None
     inputs = ["edges" if threaded else "rows", *TABLE]
-    inputs += [f"{name}.{i}" for i in range(len(spans)) for name in PLAN]
-    writer = _Writer(program, targets, spans, (kinds, kernel))
+    for i, span in enumerate(spans):
+        inputs += [f"{name}.{i}" for name in (("span",) if span.in_graph else PLAN)]
+    shared = threaded and timestep is not None and _rows_example(timestep).shape[0] == 1
+    writer = _Writer(program, targets, spans, (kinds, kernel), shared_row=shared)
     module = writer.copy(program.root, inputs, timestep if threaded else None, convention)
     return Rewritten(module, inputs, spans, targets, returns_rows=threaded)
 
@@ -95,8 +103,11 @@ class _Writer:
         targets: list[Target],
         spans: list[Found],
         structure: tuple[int, str],
+        shared_row: bool,
     ) -> None:
         self.program = program
+        self.sizes = Sizes(program)
+        self.shared_row = shared_row
         self.spans = spans
         self.structure = structure
         self.targets = {t.candidate.call.sdpa: (i, t) for i, t in enumerate(targets)}
@@ -127,9 +138,14 @@ class _Writer:
                 )
                 values["rows"].meta["example_value"] = _rows_example(timestep)
         children: dict[str, fx.GraphModule] = {}
+        plans: dict[int, list[fx.Node]] = {}
         for original, node in copied.items():
             if original in self.targets:
-                copied[original] = self._replace(graph, node, original, values, copied)
+                span = self.spans.index(self.targets[original][1].found)
+                if span not in plans:
+                    with graph.inserting_before(node):
+                        plans[span] = self._plan(graph, span, original, values, copied)
+                copied[original] = self._replace(graph, node, original, values, plans[span], copied)
         for _, target in self.targets.values():
             written = target.candidate.call
             if written.restored in copied:
@@ -164,10 +180,11 @@ class _Writer:
         node: fx.Node,
         original: fx.Node,
         values: dict[str, fx.Node],
+        plan: list[fx.Node],
         copied: dict[fx.Node, fx.Node],
     ) -> fx.Node:
         site, target = self.targets[original]
-        call, span = target.candidate.call, self.spans.index(target.found)
+        call = target.candidate.call
         query, key, value = node_arguments(node)
         out_example = example(original)
         assert isinstance(out_example, torch.Tensor)
@@ -182,10 +199,10 @@ class _Writer:
                     query,
                     key,
                     value,
-                    values["rows"],
+                    self._rows(graph, target.candidate, values["rows"]),
                     values["cells"],
                     values["modes"],
-                    *(values[f"{name}.{span}"] for name in PLAN),
+                    *plan,
                     mask,
                     scale,
                     site,
@@ -205,6 +222,54 @@ class _Writer:
         node.replace_all_uses_with(out)
         graph.erase_node(node)
         return out
+
+    def _plan(
+        self,
+        graph: fx.Graph,
+        index: int,
+        original: fx.Node,
+        values: dict[str, fx.Node],
+        copied: dict[fx.Node, fx.Node],
+    ) -> list[fx.Node]:
+        """The lists of a span, in the order of `PLAN`."""
+        span = self.spans[index]
+        if not span.in_graph:
+            return [values[f"{name}.{index}"] for name in PLAN]
+        readable = self.sizes.readable(self.program.body_of[original], original)
+        prefix, suffix = (
+            _computed(graph, size, {s: (copied[n], a) for s, (n, a) in readable.items()})
+            for size in (span.prefix, span.suffix)
+        )
+        query, *_ = node_arguments(copied[original])
+        value = example(self.targets[original][1].candidate.call.query)
+        assert isinstance(value, torch.Tensor)
+        tokens = graph.call_function(torch.ops.aten.sym_size.int, (query, 2))
+        given = (values[f"span.{index}"], prefix, suffix, tokens, value.device)
+        lists = graph.call_function(torch.ops.fpsc.plan.default, given)
+        return [graph.call_function(operator.getitem, (lists, i)) for i in range(len(PLAN))]
+
+    def _rows(self, graph: fx.Graph, candidate: Candidate, rows: fx.Node) -> fx.Node:
+        """The rows of the batch elements that an attention is for."""
+        if candidate.element is None or self.shared_row:
+            return rows
+        first = candidate.element.index
+        return graph.call_function(operator.getitem, (rows, slice(first, first + 1)))
+
+
+def _computed(
+    graph: fx.Graph, size: Dim, readable: dict[sympy.Symbol, tuple[fx.Node, int]]
+) -> int | fx.Node:
+    """Nodes that compute a size from the tensors that have its symbols."""
+    if isinstance(size, int):
+        return size
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    symbols = {}
+    for symbol in size.free_symbols:
+        tensor, axis = readable[symbol]
+        node = graph.call_function(torch.ops.aten.sym_size.int, (tensor, axis))
+        symbols[symbol] = fx.Proxy(node, tracer)
+    found = sympy_interp(PythonReferenceAnalysis, symbols, size)
+    return found.node if isinstance(found, fx.Proxy) else int(found)
 
 
 def node_arguments(node: fx.Node) -> list[fx.Node]:

@@ -26,6 +26,7 @@ from fpsc.passes.graph import (
     same,
     shape,
 )
+from fpsc.passes.sizes import Sizes
 
 _MIXING = frozenset(
     ["matmul", "__matmul__", "bmm", "baddbmm", "einsum", "gather", "index_select", "sort", "cumsum"]
@@ -77,6 +78,7 @@ class Streams:
         self.program = program
         self.attention = attention
         self.latents = frozenset(latents(program))
+        self.sizes = Sizes(program)
         self._video: dict[fx.Node, bool] = {}
 
     def is_video(self, node: fx.Node) -> bool:
@@ -195,7 +197,17 @@ def _bound(value: object, default: Dim, size: Dim) -> Dim | None:
     if isinstance(value, int):
         return value if value >= 0 else size + value
     symbol = example(value)
-    return dim(symbol) if isinstance(symbol, int | torch.SymInt) else None
+    if not isinstance(symbol, int | torch.SymInt):
+        return None
+    bound = dim(symbol)
+    return size + bound if _is_negative(bound) else bound
+
+
+def _is_negative(bound: Dim) -> bool:
+    """Whether a bound is counted from the end: -n, for a number n of tokens that is not 0."""
+    if isinstance(bound, int):
+        return bound < 0
+    return all(factor < 0 for factor in bound.as_coefficients_dict().values())
 
 
 def _operands_within(cat: fx.Node, span: _Span) -> list[fx.Node] | None:

@@ -585,6 +585,7 @@ MODELS = (
             "rope_axes_dim": (4, 6, 6),
         },
         _hunyuan15,
+        flags={"capture_dynamic_output_shape_ops": True},
     ),
     Model(
         "HunyuanVideoFramepackTransformer3DModel",

@@ -384,8 +384,7 @@ def test_a_grid_of_another_length_is_an_error_at_every_call(phases, monkeypatch)
     compiled = compile_whole(small_wan(), policy=phases)
     with torch.no_grad():
         compiled(**small_inputs((100.0,)))
-        wrong = launch.Span((3, 8, 9))
-        monkeypatch.setattr(launch.Launcher, "_span", lambda *_: wrong)
+        monkeypatch.setattr(launch.Launcher, "_grid", lambda *_: (3, 8, 9))
         message = r"grid \[3, 8, 9\] with 0 \+ 0 text tokens makes 216 tokens.* has 240; state"
         with pytest.raises(ValueError, match=message):
             compiled(**small_inputs((100.0,)))

@@ -63,6 +63,7 @@ DENSE = {
     "LatteTransformer3DModel": "inside frames or along time",
     "SanaVideoTransformer3DModel": "cross-attention",  # its self-attention is linear
     "Kandinsky6SRTransformer3DModel": "FlexAttention",
+<<<<<<< HEAD
     "MochiTransformer3DModel": "length that depends on data",
     "HunyuanVideoFramepackTransformer3DModel": "length that depends on data",
     "HunyuanVideo15Transformer3DModel": "this graph has no latent",
@@ -78,6 +79,8 @@ DENSE = {
     "TransformerTemporalModel": "batch merged from [1, 4, 5]",
     "WanAnimate2Transformer3DModel/reference": "a graph break stands before this attention",
     "WanAnimate2Transformer3DModel/cache": "block mask",
+=======
+>>>>>>> spans
 }
 """Models of which nothing is replaced, with the words that say why."""
 
