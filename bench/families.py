@@ -32,29 +32,16 @@ from fpsc.grid import TokenGrid  # noqa: E402
 from fpsc.passes import manager  # noqa: E402
 from fpsc.passes.infer_grid import Hints  # noqa: E402
 from fpsc.report import Site, sites_of  # noqa: E402
-<<<<<<< HEAD
-from fpsc.roots import argument_names  # noqa: E402
-from tests.families import MODELS, Model  # noqa: E402
-=======
 from fpsc.roots import argument_names, bind, latent_grids, latent_of  # noqa: E402
-from tests.families import ELSEWHERE, MODELS, Model  # noqa: E402
->>>>>>> spans
+from tests.families import MODELS, Model  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 WORST = 1e-4  # relative RMS against eager in float32
 
 HEADER = """# Video transformers of diffusers
 
-<<<<<<< HEAD
 Written by `python bench/families.py` with diffusers {diffusers} and torch {torch}; the tests check
 that it is up to date. Tiny models under full compile, one batch element, float32.
-=======
-Written by `python bench/families.py` with diffusers {version}; the tests check that it is up to
-date. Tiny models under full compile, token grid {grid}. "Grid from": `graph` is the model's own
-reshapes; `latent` is the shape of its input, where the graph breaks ahead of the attention. The
-convention says how the timestep becomes a noise level; where it is open, because one class serves
-several, `options={{"timestep": {{"convention": ...}}}}` states it.
->>>>>>> spans
 
 - **replaced**: attentions on token grid {grid}. Where another grid compiled again and fewer were
   replaced, that number follows.
@@ -63,7 +50,8 @@ several, `options={{"timestep": {{"convention": ...}}}}` states it.
 - **error**: relative RMS against eager over all of these calls, everything dense, rewritten graphs
   run with the CPU kernel and without Inductor. `python bench/families.py --inductor` is the same
   with it.
-- **grid from**: `graph` is the model's own reshapes, `options` what the user stated.
+- **grid from**: `graph` is the model's own reshapes; `latent` the shape of its input, where the
+  graph breaks ahead of the attention; `options` what the user stated.
 - **timestep**: the argument, and the convention by which it becomes a noise level. Where that is
   open, `options={{"timestep": {{"convention": ...}}}}` states it.
 

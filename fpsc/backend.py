@@ -147,7 +147,7 @@ def _nothing(reason: str) -> None:
 
 
 def _analysed(gm: fx.GraphModule, state: ModelState, root: RunningModule | None) -> Analysis | None:
-    """What a graph holds; None, with a warning, where an error of ours keeps that from being known."""
+    """What a graph holds; None, with a warning, where an error of ours hides it."""
     strict = state.options.strict
     look = partial(_analyse, gm, state, root, strict=strict)
     return attempt(look, _nothing, "this graph", strict=strict)
@@ -209,6 +209,13 @@ def _observed(
 def _takes_hook(root: RunningModule | None) -> bool:
     """Whether a hook on the root will run before each of its forwards."""
     return root is not None and root.called
+
+
+def _side_channel(state: ModelState, root: RunningModule | None) -> str:
+    """Where a graph without a timestep has its noise level from; "" for nowhere."""
+    if _takes_hook(root):
+        return "the root module"
+    return "the first graph of the forward" if state.forward.timestep is not None else ""
 
 
 def _report(analysis: Analysis, state: ModelState, elsewhere: str) -> Report:

@@ -341,7 +341,7 @@ def _state_like(own: ModelState, chosen: Choice, module: nn.Module) -> tuple[Mod
     if state is not None:
         return state, False
     # `set_policy` may since have given the other model a policy that this code is not for.
-    serves = own.structure == runtime.structure_of(chosen.policy)
+    serves = own.structure == runtime.structure_text(chosen.policy)
     state = ModelState(module, own.chosen if serves else chosen, own.options, own.convention)
     runtime.remember_root(module, state)
     return state, True

@@ -383,7 +383,6 @@ class ModelState:
             self._grids[shape] = tuple(roots.latent_grids(root, shape))
         return self._grids[shape]
 
-
     # ---- what was used
 
     def count(self, rows: Tensor, timestep: Tensor | None) -> None:

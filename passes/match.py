@@ -56,12 +56,9 @@ class Candidate:
             concatenation, else `VIDEO`.
         segments: spans of the sequence, in order.
         key_mask: bool node [B, any, any, N] whose first head and query hold for all, or None.
-<<<<<<< HEAD
         query_mask: bool node [B, 1, 1, N]: queries that see no key, of which SDPA makes zeros, are
             False; None where there are none.
-=======
         element: the batch element that it is for, where elements attend one by one; else None.
->>>>>>> spans
         reason: why the call stays dense; "" when it is self-attention that may be replaced.
     """
 
@@ -141,10 +138,7 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
             return dense(Role.OTHER, mask_problem(call.mask))
     segments = _segments(streams, call.query, query[2])
     role = Role.JOINT if len(segments) > 1 else Role.VIDEO
-<<<<<<< HEAD
-    return Candidate(call, role, segments, key_mask, query_mask)
-=======
-    return Candidate(call, role, segments, key_mask, element=element)
+    return Candidate(call, role, segments, key_mask, query_mask, element=element)
 
 
 def element_of(streams: Streams, call: AttentionCall, batch: Dim | None) -> Element | None:
@@ -192,7 +186,6 @@ def _picked(node: fx.Node) -> Element | None:
     if first < 0 and not isinstance(sizes[0], int):
         return None
     return Element(first if first >= 0 else int(sizes[0]) + first, sizes[0])
->>>>>>> spans
 
 
 def _merged_batch(node: fx.Node) -> list[Dim]:

@@ -63,10 +63,6 @@ DENSE = {
     "LatteTransformer3DModel": "inside frames or along time",
     "SanaVideoTransformer3DModel": "cross-attention",  # its self-attention is linear
     "Kandinsky6SRTransformer3DModel": "FlexAttention",
-<<<<<<< HEAD
-    "MochiTransformer3DModel": "length that depends on data",
-    "HunyuanVideoFramepackTransformer3DModel": "length that depends on data",
-    "HunyuanVideo15Transformer3DModel": "this graph has no latent",
     "SkyReelsV2Transformer3DModel/causal blocks": "mask of shape [1, 1, 60, 60]",
     "LTXVideoTransformer3DModel/coordinates": 'options={"grid": [T, Y, X]}',
     "AnyFlowFARTransformer3DModel": "block mask",
@@ -79,8 +75,6 @@ DENSE = {
     "TransformerTemporalModel": "batch merged from [1, 4, 5]",
     "WanAnimate2Transformer3DModel/reference": "a graph break stands before this attention",
     "WanAnimate2Transformer3DModel/cache": "block mask",
-=======
->>>>>>> spans
 }
 """Models of which nothing is replaced, with the words that say why."""
 
