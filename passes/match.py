@@ -19,7 +19,6 @@ from fpsc.passes.graph import (
     is_parameter,
     op_name,
     same,
-    same_sizes,
     shape,
 )
 from fpsc.passes.masks import key_padding, mask_problem, outer_product
@@ -127,7 +126,8 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
         return dense(Role.OTHER, f"attention dropout {call.dropout}; set it to 0")
     if not same(query[3], value[3]):
         return dense(Role.OTHER, f"head_dim of values ({value[3]}) differs from {query[3]}")
-    if not same_sizes(key, value) or not same(query[0], key[0]):
+    # SDPA itself sees to it that keys and values are as many: it broadcasts no tokens.
+    if not all(map(same, (query[0], *key[:2]), (key[0], *value[:2]))):
         return dense(Role.OTHER, f"queries, keys and values of shapes {query}, {key} and {value}")
     key_mask = query_mask = None
     if call.mask is not None:

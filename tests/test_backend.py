@@ -205,7 +205,7 @@ def test_short_videos_stay_dense_and_say_so():
         found = torch.compile(model, backend="fpsattn")(**inputs)[0]
         assert relative_rms(found, small_wan()(**inputs)[0]) <= COMPILED_DENSE
     (report,) = fpsc.reports()
-    assert report.policy == "generic" and report.replaced == 0
+    assert report.policy == "wan-2.1-14b" and report.replaced == 0
     assert "240 video tokens" in report.sites[0].reason
 
 

@@ -35,6 +35,19 @@ def test_batches_of_other_sizes(way: str, policy: str, no_inductor: None) -> Non
 
 
 @WAYS
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_other_resolutions(way: str, dynamic: bool | None, policy: str, no_inductor: None) -> None:
+    """At the second one Dynamo takes sizes for dynamic; after that no other one is compiled for."""
+    run = compiled(small_wan(), way, policy, dynamic=dynamic)
+    for grid in ((3, 8, 10), (2, 4, 5)):
+        assert_equal(run, small_inputs((600.0,), grid))
+    assert all(report.replaced for report in fpsc.reports())
+    with NO_RECOMPILE:
+        for grid in ((4, 12, 6), (5, 10, 8), (3, 8, 10)):
+            assert_equal(run, small_inputs((600.0,), grid))
+
+
+@WAYS
 def test_train_and_eval(way: str, policy: str, no_inductor: None) -> None:
     model = small_wan()
     run = compiled(model, way, policy)
