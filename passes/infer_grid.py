@@ -7,10 +7,11 @@ any model.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from typing import Any
 
 import sympy
 import torch
@@ -418,7 +419,7 @@ def _divides_a_latent(
     return any(
         t % known[0] == y % known[1] == x % known[2] == 0 and y // known[1] == x // known[2]  # type: ignore[operator]
         for latent in sizes
-        for t, y, x in combinations(latent, 3)
+        for t, y, x in itertools.combinations(latent, 3)
     )
 
 
@@ -492,11 +493,11 @@ def _guard_lengths(candidate: Candidate, grids: Sequence[Grid]) -> None:
     """Have the graph serve calls only whose lengths equal those of stated grids, or differ from
     them, as in the call that is traced."""
     assert candidate.call.query is not None
-    query = example(candidate.call.query)
-    sizes = query.shape if isinstance(query, torch.Tensor) else ()
+    query: Any = example(candidate.call.query)
+    sizes: Sequence[Any] = query.shape
     env = next((n.node.shape_env for n in sizes if isinstance(n, torch.SymInt)), None)
-    for segment in candidate.segments if env is not None else ():
-        for grid in grids:
+    if env is not None:
+        for segment, grid in itertools.product(candidate.segments, grids):
             env.evaluate_expr(sympy.Eq(segment.length, product(grid)))
 
 

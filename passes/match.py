@@ -248,7 +248,7 @@ def _segments(streams: Streams, query: fx.Node, length: Dim) -> tuple[Segment, .
     has a latent, one of the operands must come from it.
     """
     for node in streams.program.walk_back(query, stop=lambda n: n in streams.attention):
-        operands = _concatenated(node, length)
+        operands = _concatenated(streams, node, length)
         if operands and streams.holds_video(operands):
             return tuple(s for o in operands for s in _parts(streams, o))
     return (Segment(length, query),)
@@ -258,13 +258,13 @@ def _parts(streams: Streams, segment: Segment) -> tuple[Segment, ...]:
     """The segments that a segment was concatenated from, where one of them is video."""
     if streams.latents and streams.is_video(segment.node):
         for node in streams.program.walk_back(segment.node, stop=lambda n: n in streams.attention):
-            operands = _concatenated(node, segment.length)
+            operands = _concatenated(streams, node, segment.length)
             if len(operands) > 1 and streams.holds_video(operands):
                 return tuple(s for o in operands for s in _parts(streams, o))
     return (segment,)
 
 
-def _concatenated(node: fx.Node, length: Dim) -> list[Segment]:
+def _concatenated(streams: Streams, node: fx.Node, length: Dim) -> list[Segment]:
     """Operands of a concatenation along the sequence to this length; none if it is not one."""
     sizes = shape(node)
     if not is_cat(node) or sizes is None or len(sizes) not in (3, 4):
@@ -273,7 +273,7 @@ def _concatenated(node: fx.Node, length: Dim) -> list[Segment]:
     if not isinstance(axis, int) or not isinstance(operands, list | tuple):
         return []
     axis %= len(sizes)
-    if axis == len(sizes) - 1 or not same(sizes[axis], length):
+    if axis == len(sizes) - 1 or not streams.sizes.same(sizes[axis], length):
         return []
     found = []
     for operand in operands:
@@ -281,5 +281,5 @@ def _concatenated(node: fx.Node, length: Dim) -> list[Segment]:
         if part is None or not isinstance(operand, fx.Node):
             return []
         if not same(part[axis], 0):  # padding that turned out not to be needed
-            found.append(Segment(part[axis], operand))
+            found.append(Segment(streams.sizes.of(part[axis]), operand))
     return found

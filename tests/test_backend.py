@@ -87,9 +87,9 @@ def test_every_phase_equals_the_reference_without_recompiling(compile_, phases):
     assert "keep 0.08 at noise 0.00" in report.summary()
 
 
-def test_thirty_blocks_are_one_graph(phases):
+def test_forty_blocks_are_one_graph(phases):
     grid = (2, 4, 5)
-    model, inputs = small_wan(layers=30), small_inputs((600.0,), grid)
+    model, inputs = small_wan(layers=40), small_inputs((600.0,), grid)
     expected = reference_forward(model, inputs, Policy.load(phases))
     compile_blocks(model, policy=phases)
     with torch.no_grad():
@@ -100,8 +100,8 @@ def test_thirty_blocks_are_one_graph(phases):
     assert relative_rms(found, expected) <= COMPILED_FP8
     assert graphs() == 1
     (report,) = fpsc.reports()
-    assert report.layers == 30
-    assert "one graph for 30 layers" in report.summary()
+    assert report.layers == 40
+    assert "one graph for 40 layers" in report.summary()
 
 
 @pytest.mark.parametrize("compile_", [compile_whole, compile_blocks])
