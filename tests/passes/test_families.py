@@ -15,7 +15,6 @@ from torch import Tensor
 
 import fpsc
 from bench.families import PAGE, analyse, page
-from fpsc import backend
 from fpsc.passes.match import Role
 from tests.families import ELSEWHERE, MODELS, TEXT, Model
 
@@ -155,16 +154,6 @@ def test_every_video_transformer_is_listed() -> None:
             if ours and re.search("3DModel|Video|Temporal|OmniTransformer", name):
                 found.add(name)
     assert found - {m.name for m in MODELS} - set(ELSEWHERE) == set()
-
-
-@pytest.fixture
-def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rewritten graph runs as it is."""
-
-    def eager(gm: Any, example_inputs: Any, config_patches: Any = None) -> Any:
-        return gm.forward
-
-    monkeypatch.setattr(backend, "inductor", eager)
 
 
 def error_of(key: str, **given: Tensor) -> float:
