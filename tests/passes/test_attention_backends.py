@@ -70,8 +70,7 @@ def test_backends_that_are_not_installed_are_diffusers_own_error(name: str) -> N
     model = small_wan()
     with pytest.raises(RuntimeError, match="not usable because of missing package"):
         model.set_attention_backend(name)
-    analysed = torch.compile(model, backend="fpsattn", options={"policy": "dense"})
-    fpsc.reports(clear=True)
-    with torch.no_grad():
-        analysed(**small_inputs())
-    assert sum(r.replaced for r in fpsc.reports()) == 2
+    assert all(
+        getattr(getattr(m, "processor", None), "_attention_backend", None) is None
+        for m in model.modules()
+    )
