@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fpsc.compiling import compile
+    from fpsc.exporting import ExportError, export
     from fpsc.functional import attention
     from fpsc.options import OptionError
     from fpsc.policy import Policy, PolicyError
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 # Loaded at first use: `fpsc --help` and the entry point must not wait for torch.
 _HOMES = {
+    "ExportError": "fpsc.exporting",
     "NothingReplacedWarning": "fpsc.report",
     "OptionError": "fpsc.options",
     "Policy": "fpsc.policy",
@@ -28,11 +31,14 @@ _HOMES = {
     "Report": "fpsc.report",
     "StructureError": "fpsc.runtime",
     "attention": "fpsc.functional",
+    "compile": "fpsc.compiling",
+    "export": "fpsc.exporting",
     "reports": "fpsc.report",
     "set_policy": "fpsc.runtime",
 }
 
 __all__ = [
+    "ExportError",
     "NothingReplacedWarning",
     "OptionError",
     "Policy",
@@ -41,6 +47,8 @@ __all__ = [
     "StructureError",
     "__version__",
     "attention",
+    "compile",
+    "export",
     "reports",
     "set_policy",
 ]

@@ -36,6 +36,7 @@ from fpsc.policy.resolve import kinds_of
 from fpsc.report import NothingReplacedWarning, Report, record, sites_of
 from fpsc.roots import RunningModule
 from fpsc.runtime import ModelState
+from fpsc.unseen import Watched, shows_video, takes_video
 
 inductor: Callable[..., Callable[..., Any]] = cast(Any, compile_fx)
 """Inductor, as a backend gets it: it returns a callable here, whatever its type says."""
@@ -65,24 +66,24 @@ def fpsattn(
         StrictError: with `strict`, a video self-attention was left dense.
     """
     parsed = parse(mode, options)
-    patches = inductor_patches(parsed)
     root = roots.root_for(roots.running_modules())
     state, origin = _state(root, parsed)
-    analysis = attempt(
-        partial(_analyse, gm, state, root, strict=parsed.strict),
-        _nothing,
-        "this graph",
-        strict=parsed.strict,
-    )
-    if analysis is None or not analysis.candidates:
-        return inductor(gm, list(example_inputs), config_patches=patches)
-    rewritten = _rewrite(analysis, state) if analysis.targets else None
-    report = _report(analysis, state, origin, hooked=_takes_hook(root))
-    record(report)
-    _check(report, parsed)
-    if rewritten is None:
-        return inductor(gm, list(example_inputs), config_patches=patches)
-    return _compile(analysis, rewritten, example_inputs, state, root, report, patches)
+    launcher = _rewrite(gm, example_inputs, root, state, origin)
+    if launcher is not None:
+        return _compile(launcher, example_inputs, inductor_patches(parsed))
+    compiled = inductor(gm, list(example_inputs), config_patches=inductor_patches(parsed))
+    if root is None or root.args is None or not takes_video(root.module, root.args, root.kwargs):
+        return compiled
+    return Watched(compiled, state)
+
+
+def rewrite_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Launcher | None:
+    """What the backend does before it compiles: a rewritten graph, or None where nothing is
+    replaced."""
+    root = roots.root_for(roots.running_modules())
+    return _rewrite(gm, example_inputs, root, *_state(root, options))
 
 
 def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) -> Report:
@@ -148,7 +149,7 @@ def _analyse(
     )
 
 
-def _rewrite(analysis: Analysis, state: ModelState) -> Rewritten | None:
+def _rewritten(analysis: Analysis, state: ModelState) -> Rewritten | None:
     """The graph with its sites replaced; None where that fails, and then all of them stay dense."""
     convention = state.convention if analysis.timestep is not None else None
     kinds, kernel = _kinds(analysis, state), state.options.kernel
@@ -237,15 +238,28 @@ def _check(report: Report, options: Options) -> None:
         warn(f"fpsattn: {note}", UserWarning, 2)
 
 
-def _compile(
-    analysis: Analysis,
-    rewritten: Rewritten,
+def _rewrite(
+    gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    state: ModelState,
     root: RunningModule | None,
-    report: Report,
-    patches: dict[str, Any],
-) -> Launcher:
+    state: ModelState,
+    origin: str,
+) -> Launcher | None:
+    """Analyse, report, rewrite; the launcher has no compiled graph yet."""
+    strict = state.options.strict
+    look = partial(_analyse, gm, state, root, strict=strict)
+    analysis = attempt(look, _nothing, "this graph", strict=strict)
+    if analysis is None:
+        return None
+    state.saw_video |= shows_video(analysis)
+    if not analysis.candidates:
+        return None
+    rewritten = _rewritten(analysis, state) if analysis.targets else None
+    report = _report(analysis, state, origin, hooked=_takes_hook(root))
+    record(report)
+    _check(report, state.options)
+    if rewritten is None:
+        return None
     timestep = analysis.timestep if rewritten.returns_rows else None
     launcher = Launcher(rewritten, analysis.program, state, timestep, report)
     weights = [example_inputs[t.weight.position] for t in analysis.targets if t.weight]
@@ -256,14 +270,21 @@ def _compile(
         if root.args is not None:
             state.observe(root.args, root.kwargs)
     report.attach(state)
-    structure = repr([*sorted(runtime.structure_of(state.policy).items()), report.kernels])
+    return launcher
+
+
+def _compile(
+    launcher: Launcher, example_inputs: Sequence[Any], patches: dict[str, Any]
+) -> Launcher:
+    policy, kernels = launcher.state.policy, launcher.report.kernels
+    structure = repr([*sorted(runtime.structure_of(policy).items()), kernels])
     user_hook = patches.get(HOOK, getattr(inductor_config, HOOK))
     patches = {**patches, HOOK: CacheKey(structure, user_hook)}
     fake_mode = TracingContext.get().fake_mode
     assert fake_mode is not None
     try:
         launcher.compiled = inductor(
-            rewritten.module,
+            launcher.rewritten.module,
             [*example_inputs, *launcher.example_inputs(fake_mode)],
             config_patches=patches,
         )

@@ -78,7 +78,7 @@ class Launcher:
     def __call__(self, *args: Any) -> Any:
         assert self.compiled is not None
         state = self._state(args)
-        outputs = self.compiled(*args, *self._extra(state, args))
+        outputs = self.compiled(*args, *self._tables(state, args))
         if self.rewritten.returns_rows:
             *outputs, rows = outputs
             assert self._timestep is not None
@@ -161,7 +161,11 @@ class Launcher:
                 state.observe(root.args, root.kwargs)
         return state
 
-    def _extra(self, state: ModelState, args: Sequence[Any]) -> list[Tensor]:
+    def tables(self, args: Sequence[Any]) -> list[Tensor]:
+        """The inputs that are appended for a call with these arguments."""
+        return self._tables(self._state(args), args)
+
+    def _tables(self, state: ModelState, args: Sequence[Any]) -> list[Tensor]:
         bound = self._bind(state, args)
         table = state.table(self._heads, self._device)
         tensors = {"edges": table.edges, "cells": bound.cells, "modes": table.modes}

@@ -108,6 +108,7 @@ class ModelState:
         self._used: Tensor | None = None
         self._last_timestep: Tensor | None = None
         self.unknown_layers = False
+        self.saw_video = False  # in any of its graphs
         self._hook: Any = None
 
     @property
