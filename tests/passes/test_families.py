@@ -211,16 +211,6 @@ def test_every_video_transformer_is_listed() -> None:
     assert found - {m.name for m in MODELS} == set()
 
 
-@pytest.fixture
-def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rewritten graph runs as it is."""
-
-    def eager(gm: Any, example_inputs: Any, config_patches: Any = None) -> Any:
-        return gm.forward
-
-    monkeypatch.setattr(backend, "inductor", eager)
-
-
 def error_of(key: str, **given: Tensor) -> float:
     """Relative RMS between a tiny model, compiled with the dense policy, and the model itself."""
     model = BY_KEY[key].build((3, 4, 5))
