@@ -142,7 +142,10 @@ class ReferenceAttention(TorchFunctionMode):
         self.layer += 1
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
         keys = None if mask is None else mask[:, 0, 0].expand(q.shape[0], -1)
-        return _Reference.apply(q, k, v, keys, (modes, lists, q.shape[-1] ** -0.5))
+        if torch.is_autocast_enabled("cpu"):  # which casts the arguments of attention, and no more
+            q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+        with torch.autocast("cpu", enabled=False):
+            return _Reference.apply(q, k, v, keys, (modes, lists, q.shape[-1] ** -0.5))
 
 
 def reference_forward(
