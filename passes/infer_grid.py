@@ -342,13 +342,15 @@ def _from_latent(
         )
     if hints.origin == "options":
         return _from_hints(candidate, hints, now, video)
+    joined = _rejoined(streams, candidate.segments)
+    if len(joined) < len(lengths):
+        whole = _from_latent(streams, replace(candidate, segments=joined), events, hints, now)
+        if isinstance(whole, Found):
+            return whole
     path = _path(streams.program, candidate.call, lambda n: n in streams.attention)
     grids = {i: _vote(_count(events, lengths[i], path)) for i in video}
     fitting = [(i, grid) for i, grid in grids.items() if grid is not None]
     if not fitting:
-        joined = _rejoined(streams, candidate.segments)
-        if len(joined) < len(lengths):
-            return _from_latent(streams, replace(candidate, segments=joined), events, hints, now)
         return Unfit(
             f"no reshape to or from (T, Y, X) found for a sequence of {lengths} tokens that comes "
             'from a latent, or several that differ; state the grid with options={"grid": [T, Y, X]}'

@@ -99,7 +99,7 @@ SYMBOLIC = (
 """One family of each way to lay out tokens."""
 DYNAMIC = {
     **{key: SITES[key] for key in SYMBOLIC},
-    "HeliosTransformer3DModel": 1,  # of 2: which of several spans is the longest is not known
+    "HeliosTransformer3DModel": 2,
     "MotifVideoTransformer3DModel": 2,
 }
 
