@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from fpsc.cli.compare import compare
 from fpsc.cli.errors import reports_errors
 from fpsc.cli.inspect import inspect
 from fpsc.cli.policy import app as policy
@@ -17,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, inspect, version):
+for command in (compare, demo, inspect, version):
     app.command()(reports_errors(command))
 app.add_typer(policy)
 

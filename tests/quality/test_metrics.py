@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fpsc.demo.metrics import psnr, ssim
+from fpsc.quality.metrics import psnr, ssim
 
 CLIP = torch.rand(3, 2, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

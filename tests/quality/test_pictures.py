@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fpsc.demo.pictures import MARGIN, write_gif, write_sheet
+from fpsc.quality.pictures import MARGIN, write_gif, write_sheet
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
