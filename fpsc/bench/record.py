@@ -46,11 +46,11 @@ class Level(StrEnum):
 
 
 class Role(StrEnum):
-    """How a contender counts."""
+    """How a contender counts. All but `fpsattn` are what one could use instead of it."""
 
     eager = "eager"  # dense and uncompiled, as the model comes
-    baseline = "baseline"  # dense; the best of these and eager is what a speedup is against
-    approximate = "approximate"  # it rounds or skips: shown, and no baseline
+    baseline = "baseline"  # computes what was asked for: dense, or with the same lists of tiles
+    approximate = "approximate"  # dense, and rounds (SageAttention, FP8): has an error of its own
     fpsattn = "fpsattn"
 
 
@@ -172,10 +172,11 @@ class Result(_Model):
     """One contender in one case.
 
     error: of its output against the dense model's (relative RMS): what its speed costs.
-    gate: whether it computes what it says it computes; one that fails is not timed.
-    to_eager, to_best: how many times as fast as eager, and as the fastest dense one of the same
-        run: quartiles over the rounds.
-    keep: mean fraction of video key tiles visited; None where dense.
+    error_fp8: the same with FP8 rounding emulated, where what is timed does not round.
+    gates: whether it computes what it says it computes; one that fails is not timed.
+    best: the fastest that one could use instead: whatever is dense, and what skips the same tiles.
+    to_eager, to_best: how many times as fast as eager, and as `best`: quartiles over the rounds.
+    keep: as asked for; None where dense. visited: fraction of query and key pairs that it computes.
     compile_seconds: of its first call, which compiled.
     """
 
@@ -185,11 +186,14 @@ class Result(_Model):
     reason: str = ""
     policy: str | None = None
     keep: float | None = None
+    visited: float | None = None
     seconds: Times | None = None
+    best: str | None = None
     to_eager: Quartiles | None = None
     to_best: Quartiles | None = None
     error: float | None = None
-    gate: Gate | None = None
+    error_fp8: float | None = None
+    gates: tuple[Gate, ...] = ()
     memory: Memory | None = None
     split: Split | None = None
     steps: tuple[Step, ...] = ()
@@ -200,8 +204,8 @@ class Result(_Model):
     def _whole(self) -> Self:
         if self.status is not Status.measured and not self.reason:
             raise ValueError(f"{self.name}: {self.status} without a reason")
-        if self.status is Status.measured and self.gate is not None and not self.gate.passed:
-            raise ValueError(f"{self.name}: measured, though its gate is red")
+        if self.status is Status.measured and not all(gate.passed for gate in self.gates):
+            raise ValueError(f"{self.name}: measured, though a gate is red")
         return self
 
 
@@ -247,7 +251,7 @@ class Problem(_Model):
 class Case(_Model):
     """One case: every contender on one problem.
 
-    best: the fastest dense contender; None where none was timed.
+    best: the fastest dense contender but fpsattn; None where none was timed.
     rounds, warmup: rounds that count, and calls before them.
     """
 
@@ -303,15 +307,25 @@ def ratio(slower: Result | None, faster: Result) -> Quartiles | None:
 
 
 def compared(results: Sequence[Result]) -> tuple[tuple[Result, ...], str | None]:
-    """The results with their ratios, and the name of the fastest that is dense."""
-    dense = [r for r in results if r.role in (Role.eager, Role.baseline) and r.seconds]
-    best = min(dense, key=lambda r: r.seconds.median if r.seconds else math.inf, default=None)
-    eager = next((r for r in dense if r.role is Role.eager), None)
-    whole = tuple(
-        r.model_copy(update={"to_eager": ratio(eager, r), "to_best": ratio(best, r)})
-        for r in results
-    )
-    return whole, best.name if best else None
+    """The results with their ratios, and the name of the fastest that is dense.
+
+    fpsattn is compared with whatever is dense and with what skips as much; others with what is
+    dense.
+    """
+    others = [r for r in results if r.role is not Role.fpsattn and r.seconds is not None]
+    eager = next((r for r in others if r.role is Role.eager), None)
+
+    def fastest(keep: float | None) -> Result | None:
+        rivals = [r for r in others if r.keep is None or r.keep == keep]
+        return min(rivals, key=lambda r: r.seconds.median if r.seconds else math.inf, default=None)
+
+    def whole(r: Result) -> Result:
+        best = fastest(r.keep if r.role is Role.fpsattn else None)
+        found = {"to_eager": ratio(eager, r), "to_best": ratio(best, r)}
+        return r.model_copy(update={"best": best.name if best and r.seconds else None, **found})
+
+    dense = fastest(None)
+    return tuple(map(whole, results)), dense.name if dense else None
 
 
 class Point(_Model):

@@ -19,6 +19,7 @@ from fpsc.bench.record import (
     Split,
     Status,
     Times,
+    compared,
     ratio,
 )
 from tests.bench.records import case, environment, result, run
@@ -101,7 +102,7 @@ def test_a_red_gate_has_no_times() -> None:
             name="x",
             role=Role.fpsattn,
             status=Status.measured,
-            gate=gate,
+            gates=(gate,),
             seconds=Times.of([1.0]),
         )
 
@@ -135,3 +136,21 @@ def test_environments_differ_by_name() -> None:
     other = one.model_copy(update={"threads": 8, "source": "0", "time": "2027"})
     assert one.differences(other) == ["threads 2 and 8", f"source {one.source} and 0"]
     assert one.differences(other, source=False) == ["threads 2 and 8"]
+
+
+def test_what_skips_the_same_tiles_is_a_rival_at_that_keep_alone() -> None:
+    results, best = compared(
+        [
+            result("sdpa", [8.0], Role.eager),
+            result("flex keep 0.25", [3.0], keep=0.25),
+            result("fpsattn keep 0.25", [2.0], Role.fpsattn, keep=0.25),
+            result("fpsattn keep 0.5", [4.0], Role.fpsattn, keep=0.5),
+        ]
+    )
+    assert best == "sdpa"
+    assert [(r.best, r.to_best and r.to_best.median) for r in results] == [
+        ("sdpa", 1.0),
+        ("sdpa", 2.66667),
+        ("flex keep 0.25", 1.5),
+        ("sdpa", 2.0),
+    ]
