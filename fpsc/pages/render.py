@@ -37,10 +37,11 @@ def number(value: float, shown: str | None = None) -> Markup:
     return Markup('<data value="{}">{}</data>').format(repr(value), text)
 
 
-def seconds(value: float) -> Markup:
-    """Three digits, in the unit that suits."""
+def seconds(value: float, like: float | None = None) -> Markup:
+    """Three digits, in the unit that suits it, or `like` where that is given."""
+    suits = value if like is None else like
     for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms")):
-        if 0 < value < limit:
+        if 0 < suits < limit:
             return number(value, f"{_digits(value * factor)} {unit}")
     return number(value, f"{_digits(value)} s")
 
@@ -84,7 +85,7 @@ def by(sizes: Sequence[int]) -> Markup:
 
 
 def _digits(value: float) -> str:
-    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".") if 1e-3 <= value < 999.5 else f"{value:,.0f}"
 
 
 FILTERS: Mapping[str, Any] = {

@@ -69,13 +69,13 @@ def read(path: Path) -> Clip:
 
 def write_tensor(clip: Clip, path: Path) -> None:
     """Write a clip without loss but of its rounding to 8 bits: uint8 [F, H, W, 3]."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from fpsc.files import replacing
 
     metadata = {} if clip.fps is None else {"fps": str(clip.fps)}
     with replacing(path) as beside:
-        save_file({"frames": to_bytes(clip.frames).contiguous()}, beside, metadata)
+        beside.write_bytes(save({"frames": to_bytes(clip.frames).contiguous()}, metadata))
 
 
 def to_bytes(frames: torch.Tensor) -> torch.Tensor:
