@@ -56,8 +56,8 @@ def speed_against_error(name: str, case: Case) -> Chart | None:
             )
         front = _front(points)
         axes.step(
-            [r.error for r in front],
-            [r.to_best.median for r in front if r.to_best],
+            np.array([r.error for r in front]),
+            np.array([r.to_best.median for r in front if r.to_best]),
             where="post",
             color=SOFT,
             linewidth=1,

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from fpsc.cli.bench import app as bench
 from fpsc.cli.compare import compare
 from fpsc.cli.errors import reports_errors
 from fpsc.cli.inspect import inspect
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 for command in (compare, demo, inspect, version):
     app.command()(reports_errors(command))
+app.add_typer(bench)
 app.add_typer(policy)
 
 

@@ -6,8 +6,7 @@ of the record that it stands for. Nothing else on a page may hold a number of a 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fpsc.files import replacing
+from fpsc.pages import numbers
 
 HERE = Path(__file__).parent
 
@@ -31,74 +31,18 @@ def write(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def number(value: float, shown: str | None = None) -> Markup:
-    """A value, and how it is shown."""
-    text = f"{value:,}" if shown is None else shown
-    return Markup('<data value="{}">{}</data>').format(repr(value), text)
+def tagged(show: Callable[..., str]) -> Callable[..., Markup]:
+    """A way to write numbers, as an element that holds the value too."""
 
+    def element(value: float, *more: Any) -> Markup:
+        return Markup('<data value="{}">{}</data>').format(repr(value), show(value, *more))
 
-def seconds(value: float, like: float | None = None) -> Markup:
-    """Three digits, in the unit that suits it, or `like` where that is given."""
-    suits = value if like is None else like
-    for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms")):
-        if 0 < suits < limit:
-            return number(value, f"{_digits(value * factor)} {unit}")
-    return number(value, f"{_digits(value)} s")
-
-
-def size(value: int) -> Markup:
-    """Bytes, in the binary unit that suits."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if abs(value) >= 1024**power:
-            return number(value, f"{_digits(value / 1024**power)} {unit}")
-    return number(value, f"{value} B")
-
-
-def times(value: float) -> Markup:
-    """A ratio of speeds."""
-    return number(value, f"{value:.2f}×" if value < 99.95 else f"{value:,.0f}×")
-
-
-def error(value: float) -> Markup:
-    """A relative error."""
-    return number(value, "0" if value == 0 else f"{value:.1e}")
-
-
-def percent(value: float) -> Markup:
-    """A share."""
-    return number(value, f"{value:.0%}" if value >= 0.0995 or value == 0 else f"{value:.1%}")
-
-
-def plain(value: float) -> Markup:
-    """A number without a unit, four digits."""
-    return number(value, f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}")
-
-
-def decibel(value: float) -> Markup:
-    """A PSNR; of equal pictures it is infinite."""
-    return number(value, "∞ dB" if math.isinf(value) else f"{value:.2f} dB")
+    return element
 
 
 def by(sizes: Sequence[int]) -> Markup:
     """Sizes of a box."""
-    return Markup(" × ").join(number(n) for n in sizes)
-
-
-def _digits(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".") if 1e-3 <= value < 999.5 else f"{value:,.0f}"
-
-
-FILTERS: Mapping[str, Any] = {
-    "number": number,
-    "seconds": seconds,
-    "size": size,
-    "times": times,
-    "error": error,
-    "percent": percent,
-    "plain": plain,
-    "decibel": decibel,
-    "by": by,
-}
+    return Markup(" × ").join(map(tagged(numbers.whole), sizes))
 
 
 @cache
@@ -110,5 +54,15 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(FILTERS)
+    ways = {
+        "number": numbers.whole,
+        "seconds": numbers.seconds,
+        "size": numbers.size,
+        "times": numbers.times,
+        "error": numbers.error,
+        "percent": numbers.percent,
+        "plain": numbers.plain,
+        "decibel": numbers.decibel,
+    }
+    environment.filters.update({name: tagged(show) for name, show in ways.items()}, by=by)
     return environment
