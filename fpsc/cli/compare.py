@@ -167,7 +167,7 @@ def _pair(
 ) -> "tuple[Pair, dict[str, Any]]":
     import torch
 
-    from fpsc.policy import PolicyError
+    from fpsc.policy import PolicyError, find
     from fpsc.quality.generate import pair
 
     on = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -178,7 +178,12 @@ def _pair(
             f"{model}: a pipeline needs --prompt, or --inputs with its embeddings; or give the "
             "second clip as B"
         )
-    pipe = _pipeline(model, kind, on)
+    if policy is not None:  # before anything that takes long
+        try:
+            find(policy)
+        except PolicyError as error:
+            raise UserError(str(error)) from error
+    pipe = _pipeline(model, kind, on, text="prompt" in arguments)
     tasks: dict[str, Any] = {}
 
     def on_step(side: str, done: int) -> None:
@@ -219,20 +224,27 @@ def _tensors(path: Path) -> dict[str, Any]:
         raise UserError(f"--inputs {path} cannot be read as safetensors: {error}") from error
 
 
-def _pipeline(model: str, dtype: Dtype, device: str) -> Any:
-    """Load a pipeline; never from the network, and no code or pickle of its folder."""
+def _pipeline(model: str, dtype: Dtype, device: str, *, text: bool) -> Any:
+    """Load a pipeline; never from the network, and no code or pickle of its folder.
+
+    text: whether a prompt has to be encoded; without, what encodes it is not loaded.
+    """
     import torch
     from diffusers import DiffusionPipeline
 
     path = Path(model).expanduser()
     if path.exists() and not (path / "model_index.json").is_file():
         raise UserError(f"{path} is no diffusers pipeline (no model_index.json): give B too")
+    name = str(path) if path.exists() else model
     try:
+        parts = DiffusionPipeline.load_config(name, local_files_only=True)
+        unused = [] if text else [p for p in parts if p.startswith(("text_encoder", "tokenizer"))]
         pipe = DiffusionPipeline.from_pretrained(
-            str(path) if path.exists() else model,
+            name,
             torch_dtype=getattr(torch, dtype.value),
             local_files_only=True,
             use_safetensors=True,
+            **dict.fromkeys(unused),
         )
     except (OSError, ValueError) as error:
         hint = "" if path.exists() else f"; to fetch it: hf download {model}"
