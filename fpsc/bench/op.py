@@ -337,6 +337,8 @@ def contenders(
 
 def _backend(name: str, shape: Shape, device: torch.device) -> Contender:
     """Raises where a device does not have it, with torch's own reasons."""
+    if device.type == "cpu" and name in ("SDPA cuDNN", "SDPA efficient"):
+        raise ValueError("needs a GPU")
     if BACKENDS[name] is SDPBackend.MATH:
         needed = shape.pairs * 4 * 2
         from fpsc.bench.environment import memory
