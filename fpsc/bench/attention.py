@@ -148,7 +148,8 @@ class Trial:
         """The dense policy computes what dense attention does."""
         if self._identity is None:
             with torch.no_grad():
-                found = self.dense(*self.qkv)[-1, -1]
+                q, k, v = self.qkv
+                found = self.dense(q, k, v)[-1, -1]
             limit = allowed.OP[self.machine.dtype_name]
             self._identity = gate(found, self.exact, limit, "dense attention, by the dense policy")
         return self._identity

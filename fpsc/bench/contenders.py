@@ -53,13 +53,8 @@ def inductor(machine: Machine, *, attention: str = "") -> Contender:
         if not attention:
             return _flagged(torch.compile(copy, **_mode(machine)))
         with attention_backend(copy, attention):
-            compiled = _flagged(torch.compile(copy, **_mode(machine)))
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with attention_backend(copy, attention):
-                return compiled(*args, **kwargs)
-
-        return call
+            compiled = torch.compile(copy, **_mode(machine))
+        return partial(_call_with, copy, attention, _flagged(compiled))
 
     role = Role.approximate if "sage" in attention else Role.baseline
     return Contender(INDUCTOR + (f", {attention}" if attention else ""), role, prepare)
@@ -239,4 +234,9 @@ def _flagged(compiled: Called) -> Called:
 
 def _call_flagged(compiled: Called, *args: Any, **kwargs: Any) -> Any:
     with torch._dynamo.config.patch(**FLAGS):
+        return compiled(*args, **kwargs)
+
+
+def _call_with(copy: nn.Module, attention: str, compiled: Called, *args: Any, **kwargs: Any) -> Any:
+    with attention_backend(copy, attention):
         return compiled(*args, **kwargs)

@@ -213,42 +213,57 @@ def enter(
         except Exception as error:  # one that fails is a finding
             results[contender.name] = _left(contender, Status.failed, first_line(error))
             continue
-        finally:
-            gc.collect()
         why = not_replaced(contender, reports)
         if why:
             results[contender.name] = _left(contender, Status.wrong, why)
             continue
         for name, noise, visited in phases(contender, case, machine):
             there = at(given, noise)
-            error = relative_rms(call(called, there), dense(noise))
-            gates = green["fpsattn"] if contender.role is Role.fpsattn else ()
-            red = [g for g in gates if not g.passed]
-            reason = "; ".join(
-                f"error {g.error} to {g.against}, {g.allowed:g} allowed" for g in red
+            found = call(called, there)
+            result = judged(contender, found, dense(noise), green["fpsattn"], p.dtype)
+            results[name] = result.model_copy(
+                update={
+                    "name": name,
+                    "keep": contender.keep if contender.keep is not None else visited,
+                    "visited": visited,
+                    "compile_seconds": rounded(seconds) if contender.name != EAGER else None,
+                }
             )
-            limit = 1.0 if contender.role is not Role.baseline else allowed.MODEL[p.dtype]
-            if error > limit and contender.role is Role.baseline:
-                red, reason = [*gates, None], f"error {error:.2g} to eager, {limit:g} allowed"  # type: ignore[list-item]
-            result = Result(
-                name=name,
-                role=contender.role,
-                status=Status.wrong if red else Status.measured,
-                reason=reason,
-                policy=contender.policy.name if contender.policy else None,
-                keep=contender.keep if contender.keep is not None else visited,
-                visited=visited,
-                error=float(f"{error:.2g}") if error < float("inf") else None,
-                gates=gates,
-                compile_seconds=rounded(seconds) if contender.name != EAGER else None,
-            )
-            results[name] = result
-            if not red:
-                entered[name] = Entrant(contender, called, _work(call, called, there), result)
+            if result.status is Status.measured:
+                work = _work(call, called, there)
+                entered[name] = Entrant(contender, called, work, results[name])
     if not machine.fp8:
         _add_fp8_errors(case, machine, given, call, dense, grid, results, tell)
     expected.clear()
     return entered, results
+
+
+def judged(
+    contender: Contender, found: Tensor, expected: Tensor, green: tuple[Gate, ...], dtype: str
+) -> Result:
+    """Whether a contender may be timed, and its error against the dense model.
+
+    green: the gates of fpsattn. What is dense and does not round must be near eager itself.
+    """
+    gates: tuple[Gate, ...] = ()
+    if contender.role is Role.fpsattn:
+        gates = green
+    elif contender.role is Role.baseline:
+        gates = (gate(found, expected, allowed.MODEL[dtype], "eager"),)
+    red = [each for each in gates if not each.passed]
+    reason = "; ".join(f"error {g.error} to {g.against}, {g.allowed:g} allowed" for g in red)
+    distance = relative_rms(found, expected)
+    if not red and distance == float("inf"):
+        reason = "its output is not finite"
+    return Result(
+        name=contender.name,
+        role=contender.role,
+        status=Status.wrong if reason else Status.measured,
+        reason=reason,
+        policy=contender.policy.name if contender.policy else None,
+        error=float(f"{distance:.2g}") if distance < float("inf") else None,
+        gates=gates,
+    )
 
 
 def _work(

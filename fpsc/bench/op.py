@@ -120,8 +120,8 @@ def random_qkv(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
 def expected(op: SparseOp, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The last head of the last batch element by the specification, [N, D] float32."""
     one = slice(-1, None)
-    parts = [x[one, one].float() for x in (q, k, v)]
-    return op(*parts, kernel="reference")[0, 0]
+    q, k, v = (x[one, one].float() for x in (q, k, v))
+    return op(q, k, v, kernel="reference")[0, 0]
 
 
 # ---- dense
@@ -209,8 +209,8 @@ def flex(op: SparseOp, keep: float) -> Contender:
         kernel = {"BLOCK_M": part, "BLOCK_N": part}
 
     def make(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        x = [each[:, :, slots.clamp(min=0)].contiguous() for each in (q, k, v)]
-        return lambda: compiled(*x, block_mask=mask, kernel_options=kernel)
+        q, k, v = (x[:, :, slots.clamp(min=0)].contiguous() for x in (q, k, v))
+        return lambda: compiled(q, k, v, block_mask=mask, kernel_options=kernel)
 
     def result(out: Tensor) -> Tensor:
         raster = out.new_empty(*out.shape[:2], op.shape.tokens, out.shape[3])

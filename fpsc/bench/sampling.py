@@ -153,7 +153,7 @@ def _whole(
         update={
             "seconds": Times.of([sum(each) for each in rounds]),
             "steps": steps,
-            "keep": visited,
+            "keep": result.keep if result.keep is not None else visited,
             "visited": visited,
             "error": float(f"{error:.2g}") if error is not None else None,
             "status": Status.measured,

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from fpsc.cli.bench import app as bench
 from fpsc.cli.errors import reports_errors
 from fpsc.cli.inspect import inspect
 from fpsc.cli.policy import app as policy
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 for command in (demo, inspect, version):
     app.command()(reports_errors(command))
+app.add_typer(bench)
 app.add_typer(policy)
 
 
