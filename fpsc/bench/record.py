@@ -216,6 +216,8 @@ class Problem(_Model):
     reduced: what was cut to fit this machine, in words; empty where everything is as in real life.
     full_layers, full_grid: of the model as it is.
     threads: of the CPU.
+    mode: of Inductor, for every compiled contender.
+    noise: level of one denoising step, from 1 (noise) to 0 (clean).
     cache: `cold` or `warm`, of a case that compiles.
     """
 
@@ -236,7 +238,8 @@ class Problem(_Model):
     dtype: str
     steps: int = 1
     emulate_fp8: bool = True
-    fp8_linears: bool = False
+    mode: str = ""
+    noise: float | None = None
     cache: str = ""
     seed: int = 0
     threads: int | None = None
@@ -276,7 +279,7 @@ class Case(_Model):
         for result in self.results:
             for other, stored in (
                 (self.eager, result.to_eager),
-                (self.of(self.best), result.to_best),
+                (self.of(result.best), result.to_best),
             ):
                 expected = ratio(other, result)
                 if (expected is None) != (stored is None):
@@ -340,7 +343,7 @@ class Fit(_Model):
     """How the cost of one contender grows along one axis: overhead + factor * x ** exponent.
 
     axis: `tokens`, `keep`, `batch` or `visited pairs` (query rows times keys that they see).
-    exponent_range: a 95% confidence interval; None where the points are too few.
+    exponent_range: of the fits that leave one point out; None where the points are too few.
     r2: of the fit, on logarithms.
     overhead: seconds that do not grow, at least 0.
     dominated_below: x where overhead is as long as the rest; below it overhead dominates.

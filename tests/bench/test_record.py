@@ -148,6 +148,7 @@ def test_what_skips_the_same_tiles_is_a_rival_at_that_keep_alone() -> None:
         ]
     )
     assert best == "sdpa"
+    assert case("a", results=results).results == results
     assert [(r.best, r.to_best and r.to_best.median) for r in results] == [
         ("sdpa", 1.0),
         ("sdpa", 2.66667),
