@@ -5,10 +5,7 @@ from typing import Annotated
 import typer
 
 from fpsc.cli.bench import app as bench
-<<<<<<< HEAD
 from fpsc.cli.compare import compare
-=======
->>>>>>> benchcore
 from fpsc.cli.errors import reports_errors
 from fpsc.cli.inspect import inspect
 from fpsc.cli.policy import app as policy

@@ -1,31 +1,17 @@
-<<<<<<< HEAD
-"""`fpsc bench`: measure compiled models, and show what was measured. One module a command."""
-
-import typer
-
-from fpsc.cli.bench.report import report
-from fpsc.cli.bench.table import table
-=======
-"""`fpsc bench`: measure compiled models, and compare what was measured. One module a command."""
+"""`fpsc bench`: measure compiled models, and show it. One module a command."""
 
 import typer
 
 from fpsc.cli.bench.compare import compare
 from fpsc.cli.bench.list import list_cases
 from fpsc.cli.bench.quick import bench
+from fpsc.cli.bench.report import report
 from fpsc.cli.bench.run import run
->>>>>>> benchcore
+from fpsc.cli.bench.table import table
 from fpsc.cli.errors import reports_errors
 
 app = typer.Typer(
     name="bench",
-<<<<<<< HEAD
-    help="Measure compiled models, and show what was measured.",
-    no_args_is_help=True,
-)
-for command in (report, table):
-    app.command()(reports_errors(command))
-=======
     help="Measure fpsattn beside every other way to run a model.",
     no_args_is_help=True,
 )
@@ -33,4 +19,5 @@ app.callback(invoke_without_command=True)(reports_errors(bench))
 app.command()(reports_errors(run))
 app.command(name="list")(reports_errors(list_cases))
 app.command()(reports_errors(compare))
->>>>>>> benchcore
+app.command()(reports_errors(report))
+app.command()(reports_errors(table))
