@@ -103,7 +103,7 @@ def whole() -> Run:
     )
     sampling = case(
         "sampling",
-        problem=problem(level=Level.sampling, steps=7, threads=2),
+        problem=problem(level=Level.sampling, steps=7, threads=2, mode="max-autotune", noise=0.71),
         results=[
             result("eager", times(3.3), Role.eager, error=0.0, steps=steps(False)),
             result("fpsattn", times(1.4), Role.fpsattn, error=0.042, steps=steps(True)),

@@ -155,6 +155,7 @@ def finish(run: "Run", output: Path, json: bool) -> None:
     console = Console(stderr=True)
     show_curves(run.fits, run.break_evens, console)
     console.print(f"\n{heading(run)}\nrecord: {output}", highlight=False, markup=False)
+    console.print(_page(output), highlight=False, markup=False)
     if json:
         typer.echo(run.text(), nl=False)
     bad = [case.name for case in run.cases if case.status is not Status.measured]
@@ -167,6 +168,17 @@ def finish(run: "Run", output: Path, json: bool) -> None:
     if bad:
         console.print(f"not right: {'; '.join(bad)}", style="red", markup=False)
         raise typer.Exit(NOTHING_FOUND)
+
+
+def _page(output: Path) -> str:
+    """Write the report beside the record; what became of it, in words."""
+    page = output.with_suffix(".html")
+    try:
+        from fpsc.bench.report import write
+    except ImportError as error:
+        return f'no report: its charts need matplotlib ({error}): pip install "fpsc[pictures]"'
+    write([output], page)
+    return f"report: {page}"
 
 
 def _specs(
