@@ -269,6 +269,7 @@ def _compare(
     from fpsc.quality import compare as quality
     from fpsc.quality.clips import write_tensor
     from fpsc.quality.lpips import Network as Lpips
+    from fpsc.quality.pictures import h264, write_clip
 
     if fps is not None:
         clips = replace(clips[0], fps=fps), replace(clips[1], fps=fps)
@@ -288,7 +289,10 @@ def _compare(
         if about:  # clips that are nowhere else
             for name, clip in zip(("dense", "fpsattn"), clips, strict=True):
                 files.append(out / f"{name}.safetensors")
-                write_tensor(clip, files[-1])
+                write_tensor(replace(clip, fps=found.fps), files[-1])
+                if h264():
+                    files.append(out / f"{name}.mp4")
+                    write_clip(clip.frames, files[-1], fps=found.fps)
     except quality.MismatchError as error:
         raise UserError(str(error)) from error
     except OSError as error:

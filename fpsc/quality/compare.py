@@ -26,7 +26,7 @@ LOSSLESS = 8_000_000
 """Pixels of a clip up to which a page holds it without loss."""
 
 FACTOR = 4.0
-"""Differences are shown this many times as large."""
+"""Differences are shown this many times as large; a power of two, as the page doubles them."""
 
 OnFrame = Callable[[str, int, int], None]
 """Called with (what is computed, frames done, frames in all)."""

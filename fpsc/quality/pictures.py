@@ -55,13 +55,26 @@ def write_video(
                 quality=90,
             )
     elif path.suffix == ".mp4":
-        encoder = h264()
-        if encoder is None:
-            raise ValueError(f'{path}: mp4 needs an encoder: pip install "fpsc[quality]"')
-        with replacing(path) as beside:
-            _encode(pictures, beside, encoder, fps)
+        _write_mp4(pictures, path, fps)
     else:
         raise ValueError(f"{path}: expected a name that ends in .mp4, .webp or .gif")
+
+
+def write_clip(clip: torch.Tensor, path: Path, *, fps: float) -> None:
+    """Write one clip and nothing beside it, as an mp4.
+
+    Raises:
+        ValueError: no encoder is installed.
+    """
+    _write_mp4((image(clip[:, f]) for f in range(clip.shape[1])), path, fps)
+
+
+def _write_mp4(pictures: Iterator[Image.Image], path: Path, fps: float) -> None:
+    encoder = h264()
+    if encoder is None:
+        raise ValueError(f'{path}: mp4 needs an encoder: pip install "fpsc[quality]"')
+    with replacing(path) as beside:
+        _encode(pictures, beside, encoder, fps)
 
 
 def _encode(pictures: Iterator[Image.Image], path: Path, encoder: str, fps: float) -> None:

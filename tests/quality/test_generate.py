@@ -17,6 +17,7 @@ from fpsc.cli import app
 from fpsc.quality.clips import read
 from fpsc.quality.generate import pair, transformers
 from fpsc.quality.metrics import psnr
+from fpsc.quality.pictures import h264
 from tests.pages.reading import Page, check_alone
 from tests.wan import PHASES, small_wan
 
@@ -125,6 +126,9 @@ def test_the_command_draws_both(folder: Path, tmp_path: Path) -> None:
 
     dense, fast = (read(out / f"{name}.safetensors").frames for name in ("dense", "fpsattn"))
     assert psnr(dense, fast) == pytest.approx(found, abs=3)  # files have 8 bits
+    if h264():
+        film = read(out / "dense.mp4")
+        assert film.fps == 16 and film.frames.shape == dense.shape and psnr(film.frames, dense) > 30
     pipe = WanPipeline.from_pretrained(folder / "model", text_encoder=None, tokenizer=None)
     plain = pipe(
         **ARGUMENTS,
