@@ -26,8 +26,10 @@ from fpsc.bench.markdown import markdown, table  # noqa: E402
 from fpsc.bench.record import RecordError, Run  # noqa: E402
 from fpsc.files import replacing  # noqa: E402
 
-MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
-OPENING, CLOSING = "<!-- table:", "<!-- end of table -->"
+MARKED = re.compile(
+    r"^(<!-- table: (\S+) -->\n)(.*?)^(<!-- end of table -->)$", re.DOTALL | re.MULTILINE
+)
+MARKER = re.compile(r"^<!-- (table:|end of table)", re.MULTILINE)  # indented, it is an example
 
 # Column of the README -> contender in the JSON.
 CPU_ATTENTION = {
@@ -70,9 +72,11 @@ def written(text: str, root: Path = ROOT, page: str = "the page") -> str:
     Raises:
         SystemExit: a marker has no partner, or its file no table.
     """
-    pairs = len(MARKED.findall(text))
-    if text.count(OPENING) != pairs or text.count(CLOSING) != pairs:
-        sys.exit(f"{page}: a marker of a table has no partner: {OPENING} FILE --> ... {CLOSING}")
+    if len(MARKER.findall(text)) != 2 * len(MARKED.findall(text)):
+        sys.exit(
+            f"{page}: a marker of a table has no partner: <!-- table: FILE --> and, after it, "
+            "<!-- end of table -->"
+        )
     return MARKED.sub(lambda m: f"{m[1]}{table_of(m[2], root)}{m[4]}", text)
 
 

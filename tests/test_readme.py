@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import fpsc
 from fpsc.cli import app
 
-NAMES = ("developing", "patterns", "policy", "tiles", "unmeasured")
+NAMES = ("developing", "patterns", "policy", "quality", "tiles", "unmeasured")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
 
 
@@ -50,7 +50,7 @@ def test_python_examples_use_what_exists(page: str, checkout: Path) -> None:
 def test_inspect_commands_are_valid(readme: str) -> None:
     """Their options exist; what they do is tested elsewhere."""
     commands = re.findall(r"^ {4}fpsc (\w+)(.*)$", readme, re.MULTILINE)
-    assert {name for name, _ in commands} == {"demo", "inspect"}
+    assert {name for name, _ in commands} == {"compare", "demo", "inspect"}
     for name, options in commands:
         known = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
         assert all(option in known for option in re.findall(r"--[\w-]+", options))

@@ -5,7 +5,7 @@ Needs matplotlib. Each function returns None where the record has nothing for it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from fpsc.bench.record import BreakEven, Case, Fit, Result, Role, Step
+from fpsc.bench.record import BreakEven, Case, Fit, Result, Role, Step, ratio
 from fpsc.pages import charts
 from fpsc.pages.charts import HATCHES, INK, MARKERS, PAPER, SERIES, SOFT, Chart
 
@@ -27,69 +27,73 @@ PARTS = ("attention", "linear", "rest")
 def speed_against_error(name: str, case: Case) -> Chart | None:
     """What a speed costs: error to the right, speed upwards, the front of what nothing beats.
 
-    Dense contenders are lines: their errors are those of rounding, and the table has them.
+    All speeds are against one contender, the best dense one. Dense contenders are lines: their
+    errors are those of rounding, and the table has them.
     """
-    found = [r for r in case.measured if r.to_best and not _dense(r)]
-    points = [r for r in found if r.error]
-    if len(points) < 2:
+    dense = case.of(case.best)
+    speeds = {r.name: speed for r in case.measured if (speed := ratio(dense, r)) is not None}
+    points = [r for r in case.measured if r.name in speeds and not _dense(r) and r.error]
+    if dense is None or len(points) < 2:
         return None
     looks = _looks(case.results)
     with charts.style():
         figure, axes = charts.figure(8, 3.6)
         for r in case.measured:
-            if _dense(r) and r.to_best:
+            if _dense(r) and r.name in speeds:
                 label = f"{r.name} (dense)"
-                axes.axhline(r.to_best.median, color=looks[r.name][0], linestyle=":", label=label)
+                speed = speeds[r.name].median
+                axes.axhline(speed, color=looks[r.name][0], linestyle=":", label=label)
         for r in points:
-            assert r.to_best is not None and r.error is not None
             colour, marker = looks[r.name]
-            below, above = r.to_best.median - r.to_best.q1, r.to_best.q3 - r.to_best.median
+            q = speeds[r.name]
             axes.errorbar(
-                [r.error],
-                [r.to_best.median],
-                yerr=[[below], [above]],
+                np.array([r.error]),
+                [q.median],
+                yerr=[[q.median - q.q1], [q.q3 - q.median]],
                 color=colour,
                 marker=marker,
                 markersize=7,
                 linestyle="none",
                 label=r.name,
             )
-        front = _front(points)
-        axes.step(
-            np.array([r.error for r in front]),
-            np.array([r.to_best.median for r in front if r.to_best]),
-            where="post",
-            color=SOFT,
-            linewidth=1,
-        )
+        front = _front({(r.error or 0.0): speeds[r.name].median for r in points})
+        axes.step(list(front), list(front.values()), where="post", color=SOFT, linewidth=1)
         axes.axhline(1, color=SOFT, linewidth=1)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        errors = [r.error for r in points if r.error]
+        if max(errors) < 10 * min(errors):  # hardly a power of ten among them
+            axes.set_xticks(sorted(set(errors)))
         axes.set_ylim(bottom=0)
         axes.set(
             xlabel="error against the dense model (relative RMS)",
-            ylabel="times as fast as the best other",
+            ylabel=f"times as fast as {dense.name}",
         )
         _legend(figure, axes)
     return charts.chart(
         name,
         "Speed against error",
-        "Above the line at one it is faster than the best of the others. The steps join what "
-        "nothing beats in both; bars are quartiles.",
+        f"Above the line at one it is faster than {dense.name}, the best that is dense. The steps "
+        "join what nothing beats in both; bars are quartiles.",
         figure,
     )
+
+
+def _plain(x: float, _: object = None) -> str:
+    return f"{x:.2g}"
 
 
 def _dense(r: Result) -> bool:
     return r.keep is None and r.role in (Role.eager, Role.baseline)
 
 
-def _front(results: Iterable[Result]) -> list[Result]:
-    """Those that no other is both more exact and faster than, by rising error."""
-    front: list[Result] = []
-    for r in sorted(results, key=lambda r: (r.error or 0, -(r.to_best.median if r.to_best else 0))):
-        assert r.to_best is not None
-        if not front or (front[-1].to_best and r.to_best.median > front[-1].to_best.median):
-            front.append(r)
+def _front(speeds: Mapping[float, float]) -> dict[float, float]:
+    """Error -> speed of those that no other is both more exact and faster than, by rising error."""
+    front: dict[float, float] = {}
+    for error, speed in sorted(speeds.items()):
+        if not front or speed > max(front.values()):
+            front[error] = speed
     return front
 
 

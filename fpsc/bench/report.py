@@ -33,6 +33,7 @@ ROLES = {
     Role.approximate: "rounds",
     Role.fpsattn: "fpsattn",
 }
+UNAVAILABLE = (Status.absent, Status.skipped)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,20 @@ class CaseView:
         return frozenset(
             name for name in names for r in self.case.results if getattr(r, name) is not None
         )
+
+    @property
+    def rows(self) -> tuple[Result, ...]:
+        """What the table lists: all but what could not run here, which is one line."""
+        return tuple(r for r in self.case.results if r.status not in UNAVAILABLE)
+
+    @property
+    def unavailable(self) -> dict[str, list[str]]:
+        """Reason -> contenders that could not run here, or were left out."""
+        found: dict[str, list[str]] = {}
+        for r in self.case.results:
+            if r.status in UNAVAILABLE:
+                found.setdefault(r.reason, []).append(r.name)
+        return found
 
     @property
     def detailed(self) -> tuple[Result, ...]:
@@ -92,9 +107,9 @@ class RunView:
 
     @property
     def levels(self) -> tuple[tuple[Level, str, tuple[CaseView, ...]], ...]:
-        """Levels that have cases, from the smallest to the largest."""
+        """Levels that have cases, from the smallest to the largest; without those of the fits."""
         parts = (
-            (level, TITLES[level], tuple(c for c in self.cases if c.case.problem.level is level))
+            (level, TITLES[level], tuple(c for c in self._own if c.case.problem.level is level))
             for level in Level
         )
         return tuple(part for part in parts if part[2])
@@ -103,8 +118,18 @@ class RunView:
     def headlines(self) -> tuple[tuple[CaseView, Result], ...]:
         """What the run is about: every measured result of this backend."""
         return tuple(
-            (view, r) for view in self.cases for r in view.case.measured if r.role is Role.fpsattn
+            (view, r) for view in self._own for r in view.case.measured if r.role is Role.fpsattn
         )
+
+    @property
+    def fitted(self) -> tuple[CaseView, ...]:
+        """Cases that are points of a fit."""
+        names = {point.case for fit in self.run.fits for point in fit.points}
+        return tuple(view for view in self.cases if view.case.name in names)
+
+    @property
+    def _own(self) -> tuple[CaseView, ...]:
+        return tuple(view for view in self.cases if view not in self.fitted)
 
     @property
     def reduced(self) -> tuple[CaseView, ...]:

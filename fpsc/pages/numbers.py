@@ -29,7 +29,7 @@ def times(value: float) -> str:
 
 def error(value: float) -> str:
     """A relative error."""
-    return "0" if value == 0 else f"{value:.1e}"
+    return f"{value:.2g}" if value == 0 or value >= 0.1 else f"{value:.1e}"
 
 
 def percent(value: float) -> str:

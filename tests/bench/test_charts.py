@@ -43,19 +43,26 @@ def test_speed_against_error(drawn: list[Any]) -> None:
 
 
 def test_the_front_is_what_nothing_beats() -> None:
-    fast = [1.0, 1.0]
+    found = charts._front({0.2: 4.0, 0.1: 2.0, 0.15: 1.5, 0.3: 3.0, 0.4: 4.5})
+    assert list(found.items()) == [(0.1, 2.0), (0.2, 4.0), (0.4, 4.5)]
+
+
+def test_speeds_of_a_chart_are_against_one_contender(drawn: list[Any]) -> None:
+    """What skips the same tiles is the rival of fpsattn in the table; here both are points."""
     found = case(
         "a",
         results=[
-            result("dense", [4.0, 4.0], Role.eager, error=0.0),
-            *(
-                result(f"{error}", [time * x for x in fast], Role.fpsattn, error=error, keep=0.5)
-                for error, time in ((0.2, 1.0), (0.1, 2.0), (0.15, 3.0), (0.3, 1.5), (0.1, 2.5))
-                if (error, time) != (0.1, 2.5)
-            ),
+            result("dense", [8.0], Role.eager, error=0.0),
+            result("flex", [4.0], error=0.2, keep=0.25),
+            result("fpsattn", [2.0], Role.fpsattn, error=0.21, keep=0.25),
         ],
     )
-    assert [r.name for r in charts._front(found.measured[1:])] == ["0.1", "0.2"]
+    assert found.measured[2].best == "flex"
+    assert charts.speed_against_error("a", found) is not None
+    axes = drawn[0].axes[0]
+    points = [container.lines[0].get_xydata()[0] for container in axes.containers]
+    assert np.allclose(points, [[0.2, 2.0], [0.21, 4.0]])
+    assert axes.get_ylabel() == "times as fast as dense"
 
 
 def test_one_point_is_no_chart() -> None:

@@ -114,6 +114,7 @@ def whole() -> Run:
         problem=problem(level=Level.compile, cache="cold", reduced=()),
         results=[result("Inductor", [41.0, 42.5]), result("fpsattn", [44.0, 43.5], Role.fpsattn)],
     )
+    attention = case("attention", problem=problem(level=Level.attention, model="", batch=3))
     points = tuple(Point(x=x, seconds=1.3e-9 * x**2, case="attention") for x in (2053, 8209, 32771))
     fits = (
         Fit(axis="tokens", contender="SDPA", points=points, exponent=2.013, factor=1.31e-9,
@@ -124,8 +125,8 @@ def whole() -> Run:
     level = BreakEven(axis="tokens", contender="fpsattn", against="SDPA", at=1913.0, faster="above")
     never = BreakEven(axis="tokens", contender="x", against="SDPA", at=None, faster="never")
     return run(
-        [transformer, sampling, compiling],
-        planned=("transformer", "sampling", "compile", "training"),
+        [transformer, sampling, compiling, attention],
+        planned=("transformer", "sampling", "compile", "attention", "training"),
         fits=fits,
         break_evens=(level, never),
         notes=("reduced to this machine",),
@@ -221,6 +222,23 @@ def test_the_page_is_alone_and_in_order(page: Page) -> None:
     check_alone(page)
     assert "prefers-color-scheme: dark" in page.source
     assert page.source.count("<svg") == 6  # error, split, memory, steps, times, scaling
+
+
+def test_points_of_a_fit_are_beside_it_and_not_in_the_summary(record: Run) -> None:
+    view = report.view(record, "a.json", "", "run")
+    assert [each.case.name for each in view.fitted] == ["attention"]
+    assert {each.case.name for each, _ in view.headlines} == {"transformer", "sampling", "compile"}
+    assert [level for level, _, _ in view.levels] == ["transformer", "sampling", "compile"]
+    assert "One op" in " ".join(page_of(record).text)
+
+
+def test_what_could_not_run_is_one_line() -> None:
+    absent = [
+        Result(name=name, role=Role.baseline, status=Status.absent, reason="needs a GPU")
+        for name in ("FA3", "FA4")
+    ]
+    page = page_of(run([case("a", results=[result("eager", [1.0], Role.eager), *absent])]))
+    assert "Not measured: FA3, FA4 (needs a GPU)." in page.text
 
 
 def test_two_records_on_one_page(record: Run) -> None:

@@ -60,6 +60,7 @@ def test_tables_are_checked_and_written(checkout: Path, tmp_path: Path) -> None:
     [
         ("<!-- table: run.json -->\n", "no partner"),
         ("<!-- end of table -->\n", "no partner"),
+        ("<!-- table: run.json -->\n" * 2 + "<!-- end of table -->\n", "no partner"),
         ("<!-- table: no.json -->\n<!-- end of table -->\n", "no.json"),
     ],
 )
@@ -69,6 +70,12 @@ def test_a_marker_that_cannot_be_followed_is_named(
     done = python(checkout, "bench/readme.py", "--root", root_with(tmp_path, page))
     assert done.returncode == 1 and message in done.stderr
     assert (tmp_path / "docs" / "page.md").read_text(encoding="utf-8") == page
+
+
+def test_an_indented_marker_is_an_example(checkout: Path, tmp_path: Path) -> None:
+    page = "    <!-- table: bench/results/NAME.json -->\n    <!-- end of table -->\n"
+    done = python(checkout, "bench/readme.py", "--root", root_with(tmp_path, page), "--check")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_prints_the_same_table(tmp_path: Path) -> None:

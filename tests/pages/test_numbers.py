@@ -24,6 +24,8 @@ from fpsc.pages import numbers
         (numbers.times, 99.996, "100×"),
         (numbers.error, 0.0, "0"),
         (numbers.error, 0.01234, "1.2e-02"),
+        (numbers.error, 0.151, "0.15"),
+        (numbers.error, 1.83, "1.8"),
         (numbers.percent, 0.0771, "7.7%"),
         (numbers.percent, 0.6, "60%"),
         (numbers.percent, 0.0, "0%"),
