@@ -42,6 +42,7 @@ def measure(case: Sized, machine: Machine, effort: Effort, tell: Tell = quiet) -
             results[contender.name] = _left(contender, Status.absent, contender.reason)
             continue
         if left_out(contender, case):
+            results[contender.name] = _left(contender, Status.skipped, LEFT_OUT)
             continue
         tell(f"checking {contender.name}")
         try:
@@ -82,8 +83,11 @@ def measure(case: Sized, machine: Machine, effort: Effort, tell: Tell = quiet) -
     )
 
 
+LEFT_OUT = "this case leaves it out, to be short"
+
+
 def left_out(contender: Contender, case: Sized) -> bool:
-    """What a case does not ask for."""
+    """Whether a case asks for others alone; ours always take part."""
     if case.spec.contenders and contender.role is not Role.fpsattn:
         return contender.name not in case.spec.contenders
     return contender.name.startswith("gather") and not case.spec.gather

@@ -35,6 +35,8 @@ class Spec:
         keeps: of fpsattn's contenders. policies: names or files, beside them.
         variable: of a scaling series, what its points differ in.
         whole: never reduced on a CPU.
+        gather: with gather + SDPA, beside the others.
+        contenders: of those that are not fpsattn, only these; all where empty.
     """
 
     name: str
@@ -164,30 +166,63 @@ def grid_of(tokens: int) -> Grid:
     return min(shapes, key=badness)
 
 
+NARROW = ModelSpec(
+    "WanTransformer3DModel",
+    {"num_attention_heads": 4, "num_layers": 1, "ffn_dim": 3072, "text_dim": 512},
+    "Wan2.1-T2V-1.3B, a third as wide, one layer",
+)
+"""So narrow that attention weighs at a few thousand tokens what it weighs in life at many."""
+
+
 def quick() -> list[Spec]:
     """What `fpsc bench --quick` runs: every kind of answer, within five minutes on two cores."""
-    wan = "wan-2.1-1.3b"
+    plain = ("eager", "Inductor")
+    narrow: dict[str, Any] = {
+        "model": "wan-2.1-1.3b",
+        "own": NARROW,
+        "text_tokens": 64,
+        "whole": True,
+    }
+    op: dict[str, Any] = {"heads": 4, "head_dim": 128, "whole": True}
     return [
         Spec(
-            f"{QUICK}/attention", Level.attention, grid=(8, 16, 32), heads=4, head_dim=128,
-            keeps=(0.125, 0.25), whole=True,
+            f"{QUICK}/attention",
+            Level.attention,
+            grid=(8, 16, 32),
+            keeps=(0.125, 0.25),
+            **op,
         ),
         *(
             Spec(
-                f"{QUICK}/tokens/{n}", Level.attention, grid=grid_of(n), heads=4, head_dim=128,
-                keeps=(0.25,), variable="tokens", whole=True, contenders=("SDPA (default)",),
+                f"{QUICK}/tokens/{n}",
+                Level.attention,
+                grid=grid_of(n),
+                keeps=(0.25,),
+                variable="tokens",
+                contenders=("SDPA (default)",),
+                **op,
             )
             for n in (1024, 2048, 4096, 8192)
         ),
         Spec(
-            f"{QUICK}/transformer", Level.transformer, wan, grid=(7, 16, 26), layers=1,
-            text_tokens=64, keeps=(0.125,), whole=True,
+            f"{QUICK}/transformer",
+            Level.transformer,
+            grid=(13, 20, 26),
+            keeps=(0.125,),
+            contenders=plain,
+            **narrow,
         ),
         Spec(
-            f"{QUICK}/sampling", Level.sampling, wan, grid=(4, 16, 26), layers=1, text_tokens=64,
-            keeps=(), policies=("quick",), steps=4, whole=True,
+            f"{QUICK}/sampling",
+            Level.sampling,
+            grid=(7, 16, 26),
+            keeps=(),
+            policies=("quick",),
+            steps=5,
+            contenders=plain,
+            **narrow,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def chosen(names: Iterable[str], known: Mapping[str, Spec]) -> list[Spec]:

@@ -171,6 +171,14 @@ def _arguments(module: nn.Module) -> Iterable[str]:
 
 # ---- entering the race
 
+LEFT_OUT = "this case leaves it out, to be short"
+
+
+def left_out(contender: Contender, case: Sized) -> bool:
+    """Whether a case asks for others alone; ours always take part."""
+    wanted = case.spec.contenders
+    return bool(wanted) and contender.role is not Role.fpsattn and contender.name not in wanted
+
 
 def enter(
     case: Sized,
@@ -197,15 +205,16 @@ def enter(
     for contender in contenders(
         machine,
         case.spec.keeps,
-        case.spec.policies,
+        () if grid is not None else case.spec.policies,  # a block does not see the noise level
         tokens=p.tokens,
         heads=p.heads,
         grid=grid,
     ):
-        if case.spec.contenders and contender.name not in case.spec.contenders:
-            continue
         if isinstance(contender, Absent):
             results[contender.name] = _left(contender, Status.absent, contender.reason)
+            continue
+        if left_out(contender, case):
+            results[contender.name] = _left(contender, Status.skipped, LEFT_OUT)
             continue
         tell(f"compiling {contender.name}")
         try:

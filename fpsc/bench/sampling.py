@@ -34,12 +34,8 @@ def measure(case: Sized, machine: Machine, effort: Effort, tell: Tell = quiet) -
     given = subject(case, machine)
     noise = noise_of_steps(case)
     green = gates_of(case, machine, tell)
-    if not case.spec.contenders:  # what is slower than these is seen at the level transformer
-        case = Sized(
-            replace(case.spec, contenders=(EAGER, INDUCTOR, *names_of(case))),
-            case.problem,
-            case.model,
-        )
+    if not case.spec.contenders:  # the others are timed at the level transformer
+        case = replace(case, spec=replace(case.spec, contenders=(EAGER, INDUCTOR)))
     entered, results = enter(case, machine, given, forward, green, None, tell)
     before = load()
     clock = clock_for(machine.device)
@@ -84,17 +80,9 @@ def measure(case: Sized, machine: Machine, effort: Effort, tell: Tell = quiet) -
     )
 
 
-def names_of(case: Sized) -> tuple[str, ...]:
-    """Those of fpsattn."""
-    from fpsc.bench.contenders import policy_of
-
-    keeps = tuple(f"fpsattn keep {keep:g}" for keep in case.spec.keeps)
-    return keeps + tuple(f"fpsattn {policy_of(name).name}" for name in case.spec.policies)
-
-
 def noise_of_steps(case: Sized) -> tuple[float, ...]:
     """The noise of every step, by the scheduler that the model is usually sampled with."""
-    sampling = size_for(case.problem.model).sampling
+    sampling = size_for(case.spec.model).sampling
     return levels(sampling.model_copy(update={"steps": case.problem.steps}))
 
 

@@ -95,7 +95,7 @@ def sized(spec: Spec, machine: Machine, forced: frozenset[str] = frozenset()) ->
     assert cut.grid is not None and cut.heads and cut.head_dim and full.grid and full.layers
     problem = Problem(
         level=spec.level,
-        model=spec.model or (source.origin if source else ""),
+        model=spec.own.origin if spec.own is not None else spec.model,
         model_class=source.class_name if source else "",
         layers=cut.layers or 1,
         full_layers=full.layers,
@@ -110,7 +110,7 @@ def sized(spec: Spec, machine: Machine, forced: frozenset[str] = frozenset()) ->
         steps=cut.steps or 1,
         emulate_fp8=machine.fp8,
         mode=machine.mode,
-        noise=spec.noise if spec.level in (Level.block, Level.transformer) else None,
+        noise=spec.noise if spec.level is Level.transformer else None,
         seed=machine.seed,
         threads=None if machine.cuda else torch.get_num_threads(),
         reduced=words,
