@@ -31,7 +31,7 @@ def speed_against_error(name: str, case: Case) -> Chart | None:
     errors are those of rounding, and the table has them.
     """
     dense = case.of(case.best)
-    speeds = {r.name: speed for r in case.measured if (speed := ratio(dense, r)) is not None}
+    speeds = {r.name: found for r in case.measured if (found := ratio(dense, r)) is not None}
     points = [r for r in case.measured if r.name in speeds and not _dense(r) and r.error]
     if dense is None or len(points) < 2:
         return None
