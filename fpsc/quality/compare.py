@@ -136,7 +136,9 @@ def compare(
         done = partial(on_frame, "LPIPS")
         values = lpips_by_frame(x, y, network, lambda count: done(count, total))
         measures.append(_mean("LPIPS", "lower", values))
-    except (LpipsMissing, ValueError) as error:
+    except LpipsMissing as error:
+        missing.append(str(error))
+    except ValueError as error:
         missing.append(f"LPIPS: {error}")
     return Comparison(names, (a, b), tuple(measures), tuple(missing), dict(about or {}))
 

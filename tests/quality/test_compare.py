@@ -56,11 +56,11 @@ def test_what_cannot_be_computed_is_said(
     assert [measure.name for measure in tiny.measures] == ["PSNR"]
 
     def missing(*_: object) -> list[float]:
-        raise LpipsMissing("no weights; to get them: do this")
+        raise LpipsMissing("LPIPS lacks weights; to get them: do this")
 
     monkeypatch.setattr(quality, "lpips_by_frame", missing)
     told = compare(clip(A), clip(B), ("a", "b"))
-    assert told.missing == ("LPIPS: no weights; to get them: do this",)
+    assert told.missing == ("LPIPS lacks weights; to get them: do this",)
     assert "do this" in " ".join(Page(html(told)).text)
 
 
