@@ -184,6 +184,7 @@ def _pair(
         except PolicyError as error:
             raise UserError(str(error)) from error
     pipe = _pipeline(model, kind, on, text="prompt" in arguments)
+    pipe.set_progress_bar_config(disable=True)  # the command has its own
     tasks: dict[str, Any] = {}
 
     def on_step(side: str, done: int) -> None:
