@@ -33,7 +33,7 @@ from fpsc.bench.record import Case, Gate, Level, Result, Role, Status, Times, co
 from fpsc.bench.subject import Machine, Sized, Subject, first_tensor, subject
 from fpsc.compiling import repeated_blocks
 from fpsc.errors import UserError
-from fpsc.models.materialise import timestep_for
+from fpsc.models.materialise import LAYERS, layers_of, settings_of, timestep_for, with_layers
 from fpsc.policy import Policy
 from fpsc.policy.resolve import plan, resolve
 
@@ -393,12 +393,8 @@ def gates_of(case: Sized, machine: Machine, tell: Tell = quiet) -> dict[str, tup
 
 
 def _small(case: Sized) -> Sized:
-    from fpsc.models.build import build
-    from fpsc.models.materialise import LAYERS, layers_of, with_layers
-
     assert case.model is not None
-    meta: Any = build(case.model, torch.float32)
-    config = dict(meta.config)
+    config = settings_of(case.model)
     kinds = sum(1 for name in LAYERS if config.get(name))
     layers = min(max(kinds, 1), layers_of(config))
     problem = case.problem.model_copy(

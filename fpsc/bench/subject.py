@@ -17,7 +17,13 @@ from fpsc.grid import TokenGrid
 from fpsc.models.build import ModelSpec, build
 from fpsc.models.inputs import example_inputs, grid_of_video
 from fpsc.models.known import known
-from fpsc.models.materialise import layers_of, random_model, real_inputs, with_layers
+from fpsc.models.materialise import (
+    layers_of,
+    random_model,
+    real_inputs,
+    settings_of,
+    with_layers,
+)
 
 GIB = 2**30
 
@@ -120,8 +126,7 @@ def sized(spec: Spec, machine: Machine, forced: frozenset[str] = frozenset()) ->
 
 def _of_model(spec: Spec, source: ModelSpec) -> tuple[Spec, dict[str, Any]]:
     """The case in real life, and every setting of the model."""
-    meta: Any = build(source, torch.float32)
-    config = dict(meta.config)
+    config = settings_of(source)
     heads, dim = config.get("num_attention_heads"), config.get("attention_head_dim")
     if not heads or not dim or not layers_of(config):
         raise UserError(
@@ -170,12 +175,23 @@ def needed(case: Sized, machine: Machine) -> int:
     tokens, width = (p.tokens + p.text_tokens) * p.batch, p.heads * p.head_dim
     if case.model is None:
         return 8 * tokens * width * item + tokens * 4096  # q, k, v, copies of them; lists
-    meta = build(case.model, machine.dtype)
-    weights = sum(x.numel() * x.element_size() for x in meta.parameters())
+    weights = _weights(case.model, machine.dtype)
     activation = tokens * width * item
     if p.level is Level.training:  # gradients, two moments, and all that backward reads
         return 4 * weights + activation * 40 * p.layers
-    return weights + activation * 30
+    return weights + activation * 14
+
+
+_WEIGHTS: dict[tuple[str, torch.dtype], int] = {}
+
+
+def _weights(model: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights."""
+    key = repr(model), dtype
+    if key not in _WEIGHTS:
+        parameters = build(model, dtype).parameters()
+        _WEIGHTS[key] = sum(x.numel() * x.element_size() for x in parameters)
+    return _WEIGHTS[key]
 
 
 def check_memory(case: Sized, machine: Machine) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +25,25 @@ def layers_of(config: dict[str, Any]) -> int:
     return sum(int(config.get(name) or 0) for name in LAYERS)
 
 
+def settings_of(spec: ModelSpec) -> dict[str, Any]:
+    """Every setting of a model, defaults too. It is built with one layer: to be asked is cheap.
+
+    Raises:
+        UserError: as `build`.
+    """
+    import diffusers
+
+    model_class: Any = getattr(diffusers, spec.class_name, None)
+    parameters = inspect.signature(model_class.__init__).parameters if model_class else {}
+    few = {name: 1 for name in LAYERS if name in parameters}
+    built: Any = build(replace(spec, config={**spec.config, **few}), torch.float32)
+    full = {name: spec.config.get(name, parameters[name].default) for name in few}
+    return {**dict(built.config), **full}
+
+
 def with_layers(spec: ModelSpec, config: dict[str, Any], layers: int) -> ModelSpec:
-    """The same model with fewer blocks; where it has two kinds, of each as many as before, in
-    proportion, and at least one.
+    """The same model with fewer blocks; where it has two kinds, of each as many as before in
+    proportion, and of the first at least one.
 
     config: all its settings, defaults too.
 
@@ -34,12 +52,13 @@ def with_layers(spec: ModelSpec, config: dict[str, Any], layers: int) -> ModelSp
     """
     kinds = [name for name in LAYERS if config.get(name)]
     full = layers_of(config)
-    if not kinds or not len(kinds) <= layers <= full:
-        least = f"{len(kinds)} to {full}" if kinds else "none to choose from"
-        raise UserError(f"--layers {layers}: {spec.class_name} has {least}")
-    counts = {name: max(1, round(layers * int(config[name]) / full)) for name in kinds}
-    counts[kinds[0]] = layers - sum(counts[name] for name in kinds[1:])
-    return ModelSpec(spec.class_name, {**spec.config, **counts}, spec.origin, spec.saved)
+    if not 1 <= layers <= full:
+        raise UserError(f"--layers {layers}: expected 1 to {full}, as {spec.class_name} has")
+    rest = {name: max(1, round(layers * int(config[name]) / full)) for name in kinds[1:]}
+    if sum(rest.values()) >= layers:
+        rest = dict.fromkeys(rest, 0)
+    counts = {kinds[0]: layers - sum(rest.values()), **rest}
+    return replace(spec, config={**spec.config, **counts})
 
 
 def random_model(
