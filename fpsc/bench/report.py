@@ -80,6 +80,10 @@ class CaseView:
         return tuple(r for r in self.case.measured if r.split)
 
     @property
+    def traced(self) -> bool:
+        return any(r.split and r.split.trace for r in self.case.results)
+
+    @property
     def stepped(self) -> tuple[Result, ...]:
         return tuple(r for r in self.case.measured if r.steps)
 

@@ -238,7 +238,7 @@ def test_what_could_not_run_is_one_line() -> None:
         for name in ("FA3", "FA4")
     ]
     page = page_of(run([case("a", results=[result("eager", [1.0], Role.eager), *absent])]))
-    assert "Not measured: FA3, FA4 (needs a GPU)." in page.text
+    assert "FA3 · FA4: needs a GPU" in page.text
 
 
 def test_two_records_on_one_page(record: Run) -> None:
