@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import fpsc
 from fpsc.cli import app
 
-NAMES = ("developing", "patterns", "policy", "quality", "tiles", "unmeasured")
+NAMES = ("developing", "patterns", "policy", "quality", "report", "tiles", "unmeasured")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -242,9 +243,10 @@ def test_what_could_not_run_is_one_line() -> None:
 
 
 def test_two_records_on_one_page(record: Run) -> None:
-    both = page_of(record, record)
+    one = run(record.cases[:1])
+    both = page_of(one, one)
     check_alone(both)
-    assert len(both.values) == 2 * len(page_of(record).values)
+    assert both.source.count("<svg") == 6
 
 
 def test_a_record_without_any_result() -> None:
@@ -296,6 +298,16 @@ def test_what_cannot_be_shown_is_named(
     )
     assert done.exit_code == 2 and message in done.stderr
     assert not (tmp_path / output).exists()
+
+
+def test_the_command_without_matplotlib(
+    record: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record.save(tmp_path / "a.json")
+    monkeypatch.setitem(sys.modules, "fpsc.bench.report", None)
+    monkeypatch.delattr("fpsc.bench.report")
+    done = CliRunner().invoke(app, ["bench", "report", str(tmp_path / "a.json")])
+    assert done.exit_code == 2 and 'pip install "fpsc[pictures]"' in done.stderr
 
 
 def test_times_of_the_page_carry_their_units(page: Page) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,12 @@ def test_files(found: Comparison, tmp_path: Path) -> None:
     seen = read(video)
     assert seen.frames.shape[1] == 5 and seen.fps == pytest.approx(12, rel=0.01)
     assert seen.frames.shape[3] > 3 * 40  # both clips and their difference
+
+
+def test_a_page_without_matplotlib_says_what_is_missing(
+    found: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fpsc.quality.curves", None)
+    page = Page(html(found))
+    check_alone(page)
+    assert "<svg" not in page.source and 'pip install "fpsc[pictures]"' in " ".join(page.text)
