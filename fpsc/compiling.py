@@ -9,6 +9,7 @@ compiles the blocks of a model instead of the whole, also where the model does n
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from fpsc import runtime
 from fpsc.backend import fpsattn
+from fpsc.policy import Policy
 from fpsc.unseen import FLAGS, takes_video, warn_unseen
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,7 +27,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def compile(  # as torch calls it
     model: Model,
     *,
-    policy: str | None = None,
+    policy: str | os.PathLike[str] | Policy | None = None,
     blocks: bool = False,
     fullgraph: bool = False,
     dynamic: bool | None = None,
@@ -36,7 +38,8 @@ def compile(  # as torch calls it
 
     Args:
         model: any module; of a diffusers pipeline its `transformer`.
-        policy: a built-in name or the path of a file; the preset of the model's family if None.
+        policy: a built-in name, the path of a file or a `Policy`; if None the one beside the
+            weights, or the preset of the model's family.
         blocks: compile the repeated blocks of the model, each once for all, instead of the whole;
             compiles faster.
         fullgraph: an error where the graph breaks.

@@ -7,6 +7,7 @@ the noise row still comes from the timestep of every call.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fpsc import backend
 from fpsc.options import Options, parse
+from fpsc.policy import Policy
 from fpsc.unseen import FLAGS
 
 
@@ -30,7 +32,7 @@ def export(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    policy: str | None = None,
+    policy: str | os.PathLike[str] | Policy | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ExportedProgram:
     """Export a video transformer with its 3D self-attentions replaced.
@@ -40,7 +42,8 @@ def export(
 
     Args:
         args, kwargs: of one call of the model; it is called once.
-        policy: a built-in name or the path of a file; the preset of the model's family if None.
+        policy: a built-in name, the path of a file or a `Policy`; if None the one beside the
+            weights, or the preset of the model's family.
         options: of the backend (`fpsc.options.Options`).
 
     Raises:

@@ -6,6 +6,7 @@ device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -249,19 +250,19 @@ class Launcher:
     def _grid(
         self, state: ModelState, forward: Forward, found: Found, args: Sequence[Any]
     ) -> tuple[int, int, int]:
-        t, y, x = (self._value(size, args) for size in found.grid)
-        if found.origin == "latent":
-            # The graph does not hold the grid: another one may have as many tokens.
-            grids = state.grids(forward)
-            grid = next((g for g in grids if g[0] * g[1] * g[2] == t * y * x), None)
-            if grid is None:
-                raise RuntimeError(
-                    f"fpsattn: this attention has {t * y * x} video tokens, and the latent of this "
-                    f"forward gives grid {[list(g) for g in grids] or 'none'}; call the "
-                    'model through its root module, or state options={"grid": [T, Y, X]}'
-                )
-            return grid
-        return t, y, x
+        if found.origin != "latent":
+            t, y, x = (self._value(size, args) for size in found.grid)
+            return t, y, x
+        # The graph does not hold the grid: another one may have as many tokens.
+        tokens, grids = self._value(found.tokens, args), state.grids(forward)
+        for grid in grids:
+            if math.prod(grid) == tokens:
+                return grid
+        raise RuntimeError(
+            f"fpsattn: this attention has {tokens} video tokens, and the latent of this forward "
+            f"gives grid {[list(g) for g in grids] or 'none'}; call the model through its root "
+            'module, or state options={"grid": [T, Y, X]}'
+        )
 
     def _check(self, span: Span, index: int, args: Sequence[Any]) -> None:
         """On a GPU nothing else would see that a grid is not that of the sequence."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from fpsc.kernels.rows import CONVENTIONS
 from fpsc.kernels.select import check_kernel
+from fpsc.policy import Policy
 
 
 class OptionError(ValueError):
@@ -41,8 +43,8 @@ class Options(BaseModel):
     """What a user may say to the backend.
 
     Attributes:
-        policy: name of a built-in policy, path of a file, or hub id of a repository that holds one;
-            None picks one for the model.
+        policy: name of a built-in policy, path of a file, hub id of a repository that holds one, or
+            a `Policy`; None picks one for the model.
         component: name of the model in its pipeline (`transformer_2`), for policies that treat the
             transformers of a pipeline differently; None where diffusers loaded it and knows.
         strict: raise instead of warn when a video self-attention is left dense.
@@ -56,8 +58,8 @@ class Options(BaseModel):
         inductor: options that are passed on to Inductor.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    policy: str | None = None
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    policy: str | Policy | None = None
     component: str | None = None
     strict: bool = False
     grid: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
@@ -99,7 +101,7 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     for key, value in given.items():
         name = str(key).replace("-", "_")
         if name in OURS:
-            ours[name] = str(value) if name == "policy" and value is not None else value
+            ours[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
         elif name in inductor_keys:
             inductor[name] = value
         else:

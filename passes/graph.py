@@ -108,7 +108,10 @@ def example(node: object) -> object:
 
 
 def dim(size: int | torch.SymInt) -> Dim:
-    return size if isinstance(size, int) else size.node.expr
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else expression
 
 
 def shape(node: object) -> list[Dim] | None:

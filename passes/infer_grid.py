@@ -7,10 +7,11 @@ any model.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from typing import Any
 
 import sympy
 import torch
@@ -78,13 +79,17 @@ class Found:
 
     Attributes:
         grid: sizes along (T, Y, X).
-        origin: `graph`, `latent` or `options`.
+        origin: `graph`, `latent` or `options`. From the latent it is the grid of the call that is
+            traced: another call may have another grid, of as many tokens or, where `tokens` is
+            symbolic, of more or less.
+        tokens: length of the video span.
         prefix, suffix: text tokens before and after the video span.
         in_graph: whether only the running graph knows prefix and suffix.
     """
 
     grid: Grid
     origin: str
+    tokens: Dim
     prefix: Dim = 0
     suffix: Dim = 0
     in_graph: bool = False
@@ -94,8 +99,8 @@ def infer_grid(program: Program, candidates: list[Candidate], hints: Hints) -> l
     """For each candidate its grid, or the reason why it stays dense."""
     streams = Streams(program, frozenset(c.call.node for c in candidates))
     events = raster_events(program)
+    now = _current(program)
     if streams.latents:
-        now = _current(program)
         sizes = [s[1:] for node in streams.latents if (s := shape(node)) is not None]
         events = [e for e in events if _divides_a_latent(e.grid, sizes, now)]
     tables = [] if streams.latents else [_table_votes(program, c, events) for c in candidates]
@@ -118,7 +123,7 @@ def infer_grid(program: Program, candidates: list[Candidate], hints: Hints) -> l
         elif not tables[index] and (reason := _several_tables(program, candidate)):
             found.append(Unfit(reason))
         elif hints.grids or not tables[index]:
-            found.append(_from_hints(candidate, hints))
+            found.append(_from_hints(candidate, hints, now))
         else:
             found.append(_from_tables(candidate, tables[index]))
     known = {s for node in program.placeholders for s in _symbols(node)}
@@ -144,7 +149,7 @@ def _readable(
     """Where a span's sizes can be read: from the graph's inputs, else inside the graph."""
     if isinstance(found, Unfit):
         return found
-    for size in found.grid:
+    for size in (*found.grid, found.tokens):
         if not _free(size) <= known:
             return Unfit(f"a token grid with an axis of {size}, a length that depends on data")
     text = [streams.sizes.of(size) for size in (found.prefix, found.suffix)]
@@ -336,7 +341,7 @@ def _from_latent(
             Role.OTHER,
         )
     if hints.origin == "options":
-        return _from_hints(candidate, hints, video)
+        return _from_hints(candidate, hints, now, video)
     path = _path(streams.program, candidate.call, lambda n: n in streams.attention)
     grids = {i: _vote(_count(events, lengths[i], path)) for i in video}
     fitting = [(i, grid) for i, grid in grids.items() if grid is not None]
@@ -414,7 +419,7 @@ def _divides_a_latent(
     return any(
         t % known[0] == y % known[1] == x % known[2] == 0 and y // known[1] == x // known[2]  # type: ignore[operator]
         for latent in sizes
-        for t, y, x in combinations(latent, 3)
+        for t, y, x in itertools.combinations(latent, 3)
     )
 
 
@@ -445,10 +450,18 @@ def _from_tables(candidate: Candidate, votes: dict[int, Counter[Grid]]) -> Found
 
 
 def _from_hints(
-    candidate: Candidate, hints: Hints, among: Sequence[int] | None = None
+    candidate: Candidate,
+    hints: Hints,
+    now: Mapping[sympy.Symbol, int],
+    among: Sequence[int] | None = None,
 ) -> Found | Unfit:
-    """The grid that is known from outside; `among`: the spans that may be the video."""
+    """The grid that is known from outside; `among`: the spans that may be the video.
+
+    What the latent says is asked again at every call, so that a length may be symbolic. What a user
+    states is for one length: that becomes a guard, and calls of other lengths another graph.
+    """
     lengths = [s.length for s in candidate.segments]
+    current = [_value(n, now) for n in lengths]
     if not hints.grids:
         return Unfit(
             "this graph has no latent, and the model's own input gave no grid; state it with "
@@ -456,10 +469,12 @@ def _from_hints(
         )
     fitting = [
         (i, grid)
-        for i, length in enumerate(lengths)
+        for i, length in enumerate(current)
         for grid in hints.grids
-        if (among is None or i in among) and same(length, product(grid))
+        if (among is None or i in among) and length is not None and same(length, product(grid))
     ]
+    if hints.origin == "options" and None not in current:
+        _guard_lengths(candidate, hints.grids)
     if not fitting:
         shown = " or ".join(str(list(grid)) for grid in hints.grids[:3])
         return Unfit(
@@ -474,6 +489,18 @@ def _from_hints(
     return _spans(candidate.segments, index, grid, hints.origin)
 
 
+def _guard_lengths(candidate: Candidate, grids: Sequence[Grid]) -> None:
+    """Have the graph serve calls only whose lengths equal those of stated grids, or differ from
+    them, as in the call that is traced."""
+    assert candidate.call.query is not None
+    query: Any = example(candidate.call.query)
+    sizes: Sequence[Any] = query.shape
+    env = next((n.node.shape_env for n in sizes if isinstance(n, torch.SymInt)), None)
+    if env is not None:
+        for segment, grid in itertools.product(candidate.segments, grids):
+            env.evaluate_expr(sympy.Eq(segment.length, product(grid)))
+
+
 def _spans(segments: tuple[Segment, ...], index: int, grid: Grid, origin: str) -> Found:
     prefix: Dim = 0
     suffix: Dim = 0
@@ -482,4 +509,4 @@ def _spans(segments: tuple[Segment, ...], index: int, grid: Grid, origin: str) -
             prefix = prefix + segment.length
         elif position > index:
             suffix = suffix + segment.length
-    return Found(grid, origin, prefix, suffix)
+    return Found(grid, origin, segments[index].length, prefix, suffix)

@@ -243,13 +243,17 @@ def _read_flex(node: fx.Node) -> AttentionCall:
         if not isinstance(blocks, tuple | list) or not _returns_scores(module, score_mod):
             raise _Refused("it changes the scores (score_mod)")
         if not _empty_blocks(module, blocks, query, key):
-            raise _Refused("it has a block mask, which is left as it is")
+            raise _Refused(
+                "it has a block mask, which is left as it is; where it stands "
+                "for key padding or for nothing"
+            )
         if not isinstance(scale, int | float):
             raise _Refused("its scale is computed by the graph")
         out = _output_of(node)
     except _Refused as reason:
-        fix = "" if "block mask" in str(reason) else f"; {_NATIVE}"
-        return unsupported(node, library, f"attention is computed by {library}: {reason}{fix}")
+        return unsupported(
+            node, library, f"attention is computed by {library}: {reason}; {_NATIVE}"
+        )
     sketch = Sketch(out)
     return sketch.attention(
         out, library, _three([query, key, value]), lambda n: n, scale=float(scale)

@@ -19,7 +19,6 @@ from fpsc.passes.graph import (
     is_parameter,
     op_name,
     same,
-    same_sizes,
     shape,
 )
 from fpsc.passes.masks import key_padding, mask_problem, outer_product
@@ -127,7 +126,8 @@ def _classify(streams: Streams, call: AttentionCall, batch: Dim | None) -> Candi
         return dense(Role.OTHER, f"attention dropout {call.dropout}; set it to 0")
     if not same(query[3], value[3]):
         return dense(Role.OTHER, f"head_dim of values ({value[3]}) differs from {query[3]}")
-    if not same_sizes(key, value) or not same(query[0], key[0]):
+    # SDPA itself sees to it that keys and values are as many: it broadcasts no tokens.
+    if not all(map(same, (query[0], *key[:2]), (key[0], *value[:2]))):
         return dense(Role.OTHER, f"queries, keys and values of shapes {query}, {key} and {value}")
     key_mask = query_mask = None
     if call.mask is not None:
@@ -248,7 +248,7 @@ def _segments(streams: Streams, query: fx.Node, length: Dim) -> tuple[Segment, .
     has a latent, one of the operands must come from it.
     """
     for node in streams.program.walk_back(query, stop=lambda n: n in streams.attention):
-        operands = _concatenated(node, length)
+        operands = _concatenated(streams, node, length)
         if operands and streams.holds_video(operands):
             return tuple(s for o in operands for s in _parts(streams, o))
     return (Segment(length, query),)
@@ -258,13 +258,13 @@ def _parts(streams: Streams, segment: Segment) -> tuple[Segment, ...]:
     """The segments that a segment was concatenated from, where one of them is video."""
     if streams.latents and streams.is_video(segment.node):
         for node in streams.program.walk_back(segment.node, stop=lambda n: n in streams.attention):
-            operands = _concatenated(node, segment.length)
+            operands = _concatenated(streams, node, segment.length)
             if len(operands) > 1 and streams.holds_video(operands):
                 return tuple(s for o in operands for s in _parts(streams, o))
     return (segment,)
 
 
-def _concatenated(node: fx.Node, length: Dim) -> list[Segment]:
+def _concatenated(streams: Streams, node: fx.Node, length: Dim) -> list[Segment]:
     """Operands of a concatenation along the sequence to this length; none if it is not one."""
     sizes = shape(node)
     if not is_cat(node) or sizes is None or len(sizes) not in (3, 4):
@@ -273,7 +273,7 @@ def _concatenated(node: fx.Node, length: Dim) -> list[Segment]:
     if not isinstance(axis, int) or not isinstance(operands, list | tuple):
         return []
     axis %= len(sizes)
-    if axis == len(sizes) - 1 or not same(sizes[axis], length):
+    if axis == len(sizes) - 1 or not streams.sizes.same(sizes[axis], length):
         return []
     found = []
     for operand in operands:
@@ -281,5 +281,5 @@ def _concatenated(node: fx.Node, length: Dim) -> list[Segment]:
         if part is None or not isinstance(operand, fx.Node):
             return []
         if not same(part[axis], 0):  # padding that turned out not to be needed
-            found.append(Segment(part[axis], operand))
+            found.append(Segment(streams.sizes.of(part[axis]), operand))
     return found

@@ -48,6 +48,9 @@ class Sizes:
                 if symbol in known:
                     continue
                 known.add(symbol)
+                if (length := self._cut(node, axis)) is not None:
+                    self._equal[symbol] = sympy.sympify(length)
+                    continue
                 key = self._origin(node, axis)
                 if key is not None and seen.setdefault(key, symbol) is not symbol:
                     self._equal[symbol] = seen[key]
@@ -103,6 +106,28 @@ class Sizes:
         if isinstance(value, torch.Tensor) and value.dtype == torch.bool and parts[0] is masks[0]:
             return ("true", self._argument(masks[0]))
         return None
+
+    def _cut(self, node: fx.Node, axis: int | None) -> Dim | None:
+        """Length of `x[:-n]` or `x[-n:]` along an axis; None for anything else.
+
+        That is len(x) - n, or n. With n of 0 the one is empty and the other one is all of x, the
+        opposite; joined again they are x either way.
+        """
+        if axis is None or op_name(node) != "getitem" or not isinstance(node.args[0], fx.Node):
+            return None
+        given, sizes = node.args[1], shape(node.args[0])
+        parts = given if isinstance(given, tuple) else (given,)
+        slices = [part for part in parts if isinstance(part, slice)]
+        if sizes is None or axis >= len(parts) or len(slices) < len(parts):
+            return None
+        start, stop = slices[axis].start, slices[axis].stop
+        if slices[axis].step is not None or (start is None) == (stop is None):
+            return None
+        bound = stop if start is None else start
+        if not isinstance(bound, fx.Node) or op_name(bound) != "neg":
+            return None
+        count = -self.of(_scalar(bound))
+        return self.of(sizes[axis]) - count if start is None else count
 
     def _asserted(self, node: fx.Node) -> None:
         """Take an equality that the graph asserts: where it does not hold, the graph fails."""

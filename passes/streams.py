@@ -23,7 +23,6 @@ from fpsc.passes.graph import (
     is_convolution,
     is_parameter,
     op_name,
-    same,
     shape,
 )
 from fpsc.passes.sizes import Sizes
@@ -100,7 +99,7 @@ class Streams:
             sliced, sizes = _slice_of(node), shape(node)
             if sliced is not None:
                 source, span = sliced
-                along = sizes is not None and same(sizes[span.axis], segment.length)
+                along = sizes is not None and self.sizes.same(sizes[span.axis], segment.length)
                 return (source, span.start, span.stop) if along else None
             if op_name(node) in _ELEMENTWISE:
                 queue += [n for n in node.all_input_nodes if shape(n) == sizes and n not in queue]
@@ -131,20 +130,21 @@ class Streams:
         following = self.program.inputs_of(node)
         if span is None:
             return [(previous, None) for previous in following]
-        if is_cat(node) and (parts := _operands_within(node, span)) is not None:
+        if is_cat(node) and (parts := _operands_within(self.sizes, node, span)) is not None:
             return [(part, None) for part in parts]
         sizes = shape(node)
         keeps = sizes is not None and op_name(node) not in _MIXING and not is_convolution(node)
         return [
-            (p, span if keeps and _alike(shape(p), sizes, span.axis) else None) for p in following
+            (p, span if keeps and _alike(self.sizes, shape(p), sizes, span.axis) else None)
+            for p in following
         ]
 
     def _writes(self, node: fx.Node, source: fx.Node) -> list[fx.Node]:
         return [n for n in self.program.inputs_of(node) if n is not source]
 
 
-def _alike(a: list[Dim] | None, b: list[Dim] | None, axis: int) -> bool:
-    return a is not None and b is not None and len(a) == len(b) and same(a[axis], b[axis])
+def _alike(sizes: Sizes, a: list[Dim] | None, b: list[Dim] | None, axis: int) -> bool:
+    return a is not None and b is not None and len(a) == len(b) and sizes.same(a[axis], b[axis])
 
 
 def _slice_of(node: fx.Node) -> tuple[fx.Node, _Span] | None:
@@ -210,7 +210,7 @@ def _is_negative(bound: Dim) -> bool:
     return all(factor < 0 for factor in bound.as_coefficients_dict().values())
 
 
-def _operands_within(cat: fx.Node, span: _Span) -> list[fx.Node] | None:
+def _operands_within(equal: Sizes, cat: fx.Node, span: _Span) -> list[fx.Node] | None:
     """The operands of a concatenation that a span covers exactly; None if it does not."""
     sizes, axis = shape(cat), argument(cat, 1, "dim", 0)
     operands = argument(cat, 0, "tensors")
@@ -225,10 +225,10 @@ def _operands_within(cat: fx.Node, span: _Span) -> list[fx.Node] | None:
         part = shape(operand)
         if part is None or not isinstance(operand, fx.Node):
             return None
-        open_ = open_ or same(position, span.start)
-        if open_ and same(position, span.stop):
+        open_ = open_ or equal.same(position, span.start)
+        if open_ and equal.same(position, span.stop):
             break
         if open_:
             within.append(operand)
         position = position + part[span.axis]
-    return within if open_ and same(position, span.stop) else None
+    return within if open_ and equal.same(position, span.stop) else None

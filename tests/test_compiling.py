@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 import fpsc
 from fpsc import backend
 from fpsc.compiling import repeated_blocks
+from fpsc.policy import find
 from tests.passes.foreign import GRID, TEXT, WIDTH, Layer, Model
 from tests.thresholds import COMPILED_DENSE, relative_rms
 from tests.wan import small_inputs, small_wan
@@ -129,7 +130,8 @@ def test_whole_and_blocks_equal_eager() -> None:
         expected = small_wan()(**inputs)[0]
         for blocks in (False, True):
             fpsc.reports(clear=True)
-            model = fpsc.compile(small_wan(), policy="dense", blocks=blocks, fullgraph=True)
+            policy = find("dense") if blocks else "dense"
+            model = fpsc.compile(small_wan(), policy=policy, blocks=blocks, fullgraph=True)
             assert relative_rms(model(**inputs)[0], expected) <= COMPILED_DENSE
             assert replaced() == (1 if blocks else 2)  # one graph serves both blocks
 

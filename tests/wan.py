@@ -74,12 +74,14 @@ def small_inputs(
 
 class _Reference(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Any, ...]) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, tables: tuple[Any, ...]
+    ) -> Tensor:
         modes, plan, scale = tables
         lists = (plan.list_ptr, plan.list_idx, plan.order, plan.groups, plan.gather, plan.valid)
-        out, lse, _ = reference.forward(q, k, v, modes, *lists, None, scale)
+        out, lse, _ = reference.forward(q, k, v, modes, *lists, keys, scale)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.tables = tables
+        ctx.tables, ctx.keys = tables, keys
         return out
 
     @staticmethod
@@ -88,26 +90,38 @@ class _Reference(torch.autograd.Function):
         modes, plan, scale = ctx.tables
         lists = [getattr(plan, name) for name in PLAN]
         given = (dout, q, k, v, out, lse, None)
-        return *reference.backward(*given, modes, *lists, None, scale), None
+        return *reference.backward(*given, modes, *lists, ctx.keys, scale), None, None
 
 
 class ReferenceAttention(TorchFunctionMode):
     """Every self-attention over the grid is computed by the reference, as the policy says.
 
     Args:
-        timestep: [B], flow convention.
+        timestep: as the model is given it.
         layers: of the model; attentions are taken as layers in the order in which they run.
+        text: tokens before and after the video.
+        convention: of the timestep.
+        every: takes only each so many of the attentions of that many queries and keys.
     """
 
     def __init__(
-        self, policy: Policy, timestep: Tensor, layers: int, grid: Sequence[int], heads: int = HEADS
+        self,
+        policy: Policy,
+        timestep: Tensor,
+        layers: int,
+        grid: Sequence[int],
+        heads: int = HEADS,
+        text: tuple[int, int] = (0, 0),
+        convention: str = "flow",
+        every: int = 1,
     ) -> None:
         super().__init__()
         self.table = resolve(policy, layers=layers, heads=heads, fp8=True)
-        self.plan = plan(policy, layout(grid, policy.tile_for(grid)))
-        self.rows = noise_rows(timestep, self.table.edges, "flow")
-        self.tokens = grid[0] * grid[1] * grid[2]
-        self.layer = 0
+        self.plan = plan(policy, layout(grid, policy.tile_for(grid), *text))
+        self.rows = noise_rows(timestep, self.table.edges, convention)
+        self.tokens = grid[0] * grid[1] * grid[2] + sum(text)
+        self.layer = self.seen = 0
+        self.every = every
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -120,10 +134,18 @@ class ReferenceAttention(TorchFunctionMode):
         )
         if not q.shape[2] == k.shape[2] == self.tokens:
             return func(*args, **kwargs)
+        self.seen += 1
+        if (self.seen - 1) % self.every:
+            return func(*args, **kwargs)
         table, lists = self.table, self.plan
         modes = resolve_modes(q.shape[0], self.rows, table.cells, table.modes, self.layer)
         self.layer += 1
-        return _Reference.apply(q, k, v, (modes, lists, q.shape[-1] ** -0.5))
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        keys = None if mask is None else mask[:, 0, 0].expand(q.shape[0], -1)
+        if torch.is_autocast_enabled("cpu"):  # which casts the arguments of attention, and no more
+            q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+        with torch.autocast("cpu", enabled=False):
+            return _Reference.apply(q, k, v, keys, (modes, lists, q.shape[-1] ** -0.5))
 
 
 def reference_forward(

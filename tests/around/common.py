@@ -23,10 +23,13 @@ NO_RECOMPILE = torch._dynamo.config.patch(error_on_recompile=True)
 TIMESTEPS = (950.0, 600.0, 100.0)
 
 
-def compiled(model: Any, way: str, policy: str, **options: Any) -> Any:
+def compiled(
+    model: Any, way: str, policy: str, *, dynamic: bool | None = None, **options: Any
+) -> Any:
     """The model compiled as users do: `whole`, or `blocks` one by one."""
-    options = {"policy": policy, **options}
+    settings: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic}
+    settings["options"] = {"policy": policy, **options}
     if way == "blocks":
-        model.compile_repeated_blocks(backend="fpsattn", fullgraph=True, options=options)
+        model.compile_repeated_blocks(backend="fpsattn", **settings)
         return model
-    return torch.compile(model, backend="fpsattn", fullgraph=True, options=options)
+    return torch.compile(model, backend="fpsattn", **settings)

@@ -11,7 +11,7 @@ from torch import nn
 import fpsc
 from fpsc.policy import Policy
 from tests.around.common import NO_RECOMPILE, POLICY, TIMESTEPS, compiled
-from tests.thresholds import COMPILED_FP8, COMPILED_GRAD, relative_rms
+from tests.thresholds import COMPILED_BF16, COMPILED_FP8, COMPILED_GRAD, relative_rms
 from tests.wan import reference_forward, small_inputs, small_wan
 
 RULES = Policy.from_dict(POLICY)
@@ -32,6 +32,31 @@ def test_batches_of_other_sizes(way: str, policy: str, no_inductor: None) -> Non
     with NO_RECOMPILE:  # the second graph takes any batch
         for timesteps in ((100.0, 600.0, 950.0), (600.0, 600.0, 100.0), (100.0,)):
             assert_equal(run, small_inputs(timesteps))
+
+
+@WAYS
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_other_resolutions(way: str, dynamic: bool | None, policy: str, no_inductor: None) -> None:
+    """At the second one Dynamo takes sizes for dynamic; after that no other one is compiled for."""
+    run = compiled(small_wan(), way, policy, dynamic=dynamic)
+    for grid in ((3, 8, 10), (2, 4, 5)):
+        assert_equal(run, small_inputs((600.0,), grid))
+    assert all(report.replaced for report in fpsc.reports())
+    with NO_RECOMPILE:
+        for grid in ((4, 12, 6), (5, 10, 8), (3, 8, 10)):
+            assert_equal(run, small_inputs((600.0,), grid))
+
+
+@WAYS
+def test_autocast(way: str, policy: str, no_inductor: None) -> None:
+    run = compiled(small_wan(), way, policy)
+    for timestep in TIMESTEPS:
+        inputs = small_inputs((timestep,))
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = reference_forward(small_wan(), inputs, RULES)
+            found = run(**inputs)[0]
+        assert relative_rms(found, expected) <= COMPILED_BF16
+    assert all(report.replaced for report in fpsc.reports())
 
 
 @WAYS

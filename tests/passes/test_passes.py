@@ -201,7 +201,7 @@ def test_what_cannot_be_rewritten_has_a_reason(call, reason):
 def test_limits():
     gm = capture(Video(plain), *inputs())
     assert "fewer than limits.min_tokens 61" in only(manager.analyse(gm, None, Limits(61)))
-    assert "head_dim 32" in only(manager.analyse(gm, None, Limits(0, (64, 256))))
+    assert "head_dim 32" in only(manager.analyse(gm, None, Limits(0, head_dims=(64, 256))))
 
 
 def test_projection_of_a_projection_is_one_stream():

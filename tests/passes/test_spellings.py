@@ -556,6 +556,62 @@ def test_multihead(options, weights):
     assert target.weight is not None
 
 
+class Conditioned(nn.Module):
+    """nn.MultiheadAttention with keys and values of other widths, and so with separate weights."""
+
+    def __init__(self, weights: bool) -> None:
+        super().__init__()
+        self.keys, self.values = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 40)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, kdim=24, vdim=40)
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.transpose(0, 1)
+        out = self.attention(y, self.keys(y), self.values(y), need_weights=self.weights)[0]
+        return x + out.transpose(0, 1)
+
+
+class Functional(nn.Module):
+    """`F.multi_head_attention_forward` with a weight for each of queries, keys and values."""
+
+    def __init__(self, weights: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.transpose(0, 1)
+        out, _ = F.multi_head_attention_forward(
+            y, y, y, WIDTH, HEADS, None, torch.cat([self.q.bias, self.k.bias, self.v.bias]), None,
+            None, False, 0.0, self.o.weight, self.o.bias, training=False,
+            need_weights=self.weights, use_separate_proj_weight=True, q_proj_weight=self.q.weight,
+            k_proj_weight=self.k.weight, v_proj_weight=self.v.weight,
+        )  # fmt: skip
+        return x + out.transpose(0, 1)
+
+
+@pytest.mark.parametrize("block", [Conditioned, Functional])
+@pytest.mark.parametrize("weights", [False, True])
+def test_multihead_with_separate_weights(block, weights):
+    model = Video(plain)
+    model.block = block(weights)
+    target = replaced(check(model.eval(), *inputs(batch=2)))
+    assert target.candidate.call.spelling == "nn.MultiheadAttention"
+    assert target.weight is not None
+
+
+def test_multihead_whose_weights_are_read_is_named():
+    def block(x):
+        out, weights = attention(x, x, x, need_weights=True)
+        return x + out * weights.mean()
+
+    attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).eval()
+    model = Video(lambda _, x, text, grid: block(x)).eval()
+    model.block = attention
+    reason = only(check(model, *inputs()))
+    assert "other results" in reason
+
+
 def test_multihead_with_key_padding():
     model = Video(plain)
     model.block = Multihead(mask=True, batch_first=True)
@@ -570,6 +626,85 @@ def test_multihead_left_dense():
     assert "dropout 0.1" in only(manager.analyse(gm))
     model.block = Multihead(add_zero_attn=True)
     assert "add_zero_attn" in only(check(model.eval(), *inputs()))
+
+
+# ---- grouped heads
+
+
+class Grouped(nn.Module):
+    """Twice as many heads of queries as of keys and values; `call` takes [B, H, N, D]."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.k, self.v = nn.Linear(WIDTH, WIDTH // 2), nn.Linear(WIDTH, WIDTH // 2)
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(2, (-1, 16)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return x + self.o(self.call(q, k, v).transpose(1, 2).flatten(2))
+
+
+def grouped_sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def grouped_flash(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.ops.flash_attn.flash_attn_func(q, k, v).transpose(1, 2)
+
+
+def grouped_by_repeating(q, k, v):
+    return after(q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("call", [grouped_sdpa, grouped_flash, grouped_by_repeating])
+def test_grouped_heads(call):
+    model = Video(plain)
+    model.block = Grouped(call)
+    target = replaced(check(model, *inputs(batch=2)))
+    key = target.candidate.call.key.meta["example_value"]
+    assert manager.query_of(target).shape == (2, 4, 60, 16)
+    assert key.shape == (2, 4 if call is grouped_by_repeating else 2, 60, 16)
+
+
+# ---- gradients
+
+
+def gradients(module: fx.GraphModule, given: list[Any]) -> list[Tensor]:
+    """Of everything that the inputs hold, for an output that weighs all positions otherwise."""
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in given]
+    out = module(*leaves)
+    out = out[0] if isinstance(out, tuple | list) else out
+    (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    return [x.grad for x in leaves if x.grad is not None]
+
+
+GRADIENTS = {
+    "einsum": lambda: Block(einsum_bnhd, split=True),
+    "tokens first": lambda: Block(tokens_first, split=False),
+    "matmul": lambda: Block(matmul_bnhd, split=True),
+    "exponentials": lambda: Block(
+        lambda *x: exponentials(*(y.transpose(1, 2) for y in x)).transpose(1, 2), split=True
+    ),
+    "multihead": lambda: Multihead(batch_first=True),
+    "multihead, separate weights": lambda: Conditioned(weights=False),
+    "multihead, a functional": lambda: Functional(weights=True),
+    "grouped": lambda: Grouped(grouped_sdpa),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_through_a_twin(name):
+    model = Video(plain)
+    model.block = GRADIENTS[name]()
+    gm, given = capture(model.eval(), *inputs(batch=2))
+    expected = gradients(gm, given)
+    module, count = with_twins(gm)
+    assert count == (name != "grouped")
+    for found, wanted in zip(gradients(module, given), expected, strict=True):
+        scale = max(g.norm().item() for g in expected)  # a bias of keys has a gradient of zero
+        assert relative_rms(found, wanted, least=1e-3 * scale) <= 1e-4
 
 
 # ---- libraries, which are not installed: ops of the same names and signatures
@@ -605,7 +740,9 @@ _SAGE.define(
 
 def _bnhd(q, k, v, scale=None, causal=False):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal)
+    out = F.scaled_dot_product_attention(
+        q, k, v, scale=scale, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out.transpose(1, 2).contiguous()
 
 

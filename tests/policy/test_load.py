@@ -24,7 +24,7 @@ modes:
   # Three of them.
   dense:  {keep: 1.0, dtype: bf16}
   gentle: {pattern: near, keep: 0.50, dtype: fp8}   # half
-  fast:   {pattern: window, window: [3, 3, 1], dtype: fp8, scales: {qk: tile, v: channel}}
+  fast:   {pattern: window, window: [3, 3, 11], dtype: fp8, scales: {qk: tile, v: channel}}
 schedule:                             # from noise to clean
   - {noise: 1.00..0.90, use: dense}   # composition
   - {noise: 0.90..0.40, use: gentle}
@@ -47,7 +47,7 @@ def test_the_policy_of_the_design_is_read() -> None:
     assert policy.name == "wan2.1-t2v-14b-720p"
     assert policy.tuned_on.grid == (21, 45, 80)
     assert list(policy.modes) == ["dense", "gentle", "fast"]
-    assert policy.modes["fast"].window == (3, 3, 1)
+    assert policy.modes["fast"].window == (3, 3, 11)
     assert policy.modes["gentle"].keep == 0.5
     assert [str(p.noise) for p in policy.schedule] == ["1.00..0.90", "0.90..0.40", "0.40..0.00"]
     assert policy.rules[0].layers == ((0, 0), (39, 39))
