@@ -274,19 +274,18 @@ def _compare(
 
     if fps is not None:
         clips = replace(clips[0], fps=fps), replace(clips[1], fps=fps)
-    task: Any = None
+    tasks: dict[str, Any] = {}
 
     def on_frame(label: str, done: int, total: int) -> None:
-        nonlocal task
-        if task is None:
-            task = progress.add_task(label, total=total)
-        progress.update(task, completed=done)
+        if label not in tasks:
+            tasks[label] = progress.add_task(label, total=total)
+        progress.update(tasks[label], completed=done)
 
     try:
         found = quality.compare(
             *clips, names, network=Lpips(lpips.value), about=about, on_frame=on_frame
         )
-        files = quality.write(found, out)
+        files = quality.write(found, out, on_frame)
         if about:  # clips that are nowhere else
             for name, clip in zip(("dense", "fpsattn"), clips, strict=True):
                 files.append(out / f"{name}.safetensors")

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from fpsc.quality.pictures import difference, h264, image, write_video
 FPS = 16.0
 """Of clips that do not say theirs."""
 
-LOSSLESS = 8_000_000
+LOSSLESS = 2_000_000
 """Pixels of a clip up to which a page holds it without loss."""
 
 FACTOR = 4.0
@@ -129,12 +128,12 @@ def compare(
     measures = [Measure("PSNR", "dB", "higher", psnr(x, y), tuple(psnr_by_frame(x, y)))]
     missing = []
     try:
-        measures.append(_mean("SSIM", "higher", ssim_by_frame(x, y)))
+        structural = ssim_by_frame(x, y, lambda count: on_frame("SSIM", count, total))
+        measures.append(_mean("SSIM", "higher", structural))
     except ValueError as error:
         missing.append(f"SSIM: {error}")
     try:
-        done = partial(on_frame, "LPIPS")
-        values = lpips_by_frame(x, y, network, lambda count: done(count, total))
+        values = lpips_by_frame(x, y, network, lambda count: on_frame("LPIPS", count, total))
         measures.append(_mean("LPIPS", "lower", values))
     except LpipsMissing as error:
         missing.append(str(error))
@@ -143,7 +142,9 @@ def compare(
     return Comparison(names, (a, b), tuple(measures), tuple(missing), dict(about or {}))
 
 
-def write(comparison: Comparison, folder: Path) -> list[Path]:
+def write(
+    comparison: Comparison, folder: Path, on_frame: OnFrame = lambda label, done, total: None
+) -> list[Path]:
     """Write compare.html (both clips in a player), one video of both, and compare.json.
 
     The video is an mp4 where an encoder is installed, else an animated webp.
@@ -157,13 +158,13 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     page, record = folder / "compare.html", folder / "compare.json"
     video = folder / ("compare.mp4" if h264() else "compare.webp")
     write_video(clips, video, _words(comparison), fps=comparison.fps, scale=scale)
-    render.write(page, html(comparison))
+    render.write(page, html(comparison, on_frame))
     with replacing(record) as beside:
         beside.write_text(json.dumps(comparison.as_dict(), indent=1) + "\n", encoding="utf-8")
     return [page, video, record]
 
 
-def html(comparison: Comparison) -> str:
+def html(comparison: Comparison, on_frame: OnFrame = lambda label, done, total: None) -> str:
     """One page: a player that shows both clips in step, and the metrics over the frames."""
     charts, note = [], None
     try:
@@ -172,6 +173,12 @@ def html(comparison: Comparison) -> str:
         note = f'The curves need matplotlib ({error}): pip install "fpsc[pictures]"'
     else:
         charts = [curves(measure) for measure in comparison.measures]
+    frames = comparison.clips[0].frames.shape[1]
+    pictures: tuple[list[str], list[str]] = ([], [])
+    for f in range(frames):
+        for clip, urls in zip(comparison.clips, pictures, strict=True):
+            urls.append(_data_url(clip, f))
+        on_frame("page", f + 1, frames)
     return render.render(
         "compare.html",
         title=" and ".join(comparison.names),
@@ -179,10 +186,9 @@ def html(comparison: Comparison) -> str:
         charts=charts,
         note=note,
         size=comparison.clips[0].frames.shape,
-        pictures=[[_data_url(clip, f) for f in range(clip.frames.shape[1])]
-                  for clip in comparison.clips],
+        pictures=pictures,
         factor=FACTOR,
-    )  # fmt: skip
+    )
 
 
 def _data_url(clip: Clip, frame: int) -> str:

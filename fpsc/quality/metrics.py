@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -43,13 +44,19 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
     return math.fsum(values) / len(values)
 
 
-def ssim_by_frame(a: torch.Tensor, b: torch.Tensor) -> list[float]:
+def ssim_by_frame(
+    a: torch.Tensor, b: torch.Tensor, on_frame: Callable[[int], None] = lambda done: None
+) -> list[float]:
     """SSIM of each frame, the mean over channels. Raises what `ssim` raises."""
     _check(a, b)
     if min(a.shape[-2:]) < WINDOW:
         raise ValueError(f"frames are {tuple(a.shape[-2:])}; SSIM needs 11x11 pixels or more")
     # Frame by frame: in float64 the moments of a whole clip would take gigabytes.
-    return [_ssim(a[:, f].double(), b[:, f].double()) for f in range(a.shape[1])]
+    values = []
+    for f in range(a.shape[1]):
+        values.append(_ssim(a[:, f].double(), b[:, f].double()))
+        on_frame(f + 1)
+    return values
 
 
 def _ssim(x: torch.Tensor, y: torch.Tensor) -> float:

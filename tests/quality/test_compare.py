@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,16 @@ def test_values_of_clip_and_frames(found: Comparison) -> None:
     assert math.isinf(quality_of["PSNR"].by_frame[0])
     assert found.of("PSNR") is quality_of["PSNR"] and found.of("x") is None
     assert found.fps == 12
+
+
+def test_what_takes_long_tells_how_far_it_is() -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def on_frame(*progress: Any) -> None:
+        told.append(progress)
+
+    html(compare(clip(A), clip(B), ("a", "b"), on_frame=on_frame), on_frame)
+    assert told == [(label, done + 1, 5) for label in ("SSIM", "page") for done in range(5)]
 
 
 def test_lower_is_better_for_a_distance() -> None:
