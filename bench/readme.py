@@ -8,7 +8,7 @@ A table stands between two markers, the first of which names the JSON, relative 
     <!-- table: bench/results/cpu_attention.json -->
     <!-- end of table -->
 
-The JSON is a record of `fpsc bench`, or that of bench/cpu_attention.py.
+The JSON is a record of `fpsc bench`, or bench/results/cpu_attention.json, which is older.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def table_of(name: str, root: Path) -> str:
             return table(Run.load(path))
         return cpu_attention(found["keep"])
     except (OSError, json.JSONDecodeError, RecordError, KeyError, TypeError) as error:
-        sys.exit(f"{name}: expected a record of `fpsc bench` or of bench/cpu_attention.py: {error}")
+        sys.exit(f"{name}: expected a record of `fpsc bench`: {error}")
 
 
 def written(text: str, root: Path = ROOT, page: str = "the page") -> str:

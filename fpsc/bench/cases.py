@@ -215,7 +215,7 @@ def quick() -> list[Spec]:
         Spec(
             f"{QUICK}/sampling",
             Level.sampling,
-            grid=(7, 16, 26),
+            grid=(5, 16, 26),
             keeps=(),
             policies=("quick",),
             steps=5,

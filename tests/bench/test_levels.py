@@ -65,7 +65,7 @@ def test_an_op_beside_every_attention_that_is_here() -> None:
     ours = by_name["fpsattn keep 0.25"]
     assert [gate.passed for gate in ours.gates] == [True, True]
     assert ours.error is not None and ours.error_fp8 is not None
-    assert ours.error_fp8 != ours.error > 0.1  # random keys: what is skipped is missed
+    assert ours.error > 0.1 < ours.error_fp8  # random keys: what is skipped is missed
     assert ours.visited is not None and 0.1 < ours.visited < 0.4
     flex = next(r for r in found.results if r.name.startswith("FlexAttention"))
     assert flex.error == pytest.approx(ours.error, rel=0.05)  # it skips the same
