@@ -56,7 +56,7 @@ def test_commands_are_valid(page: str, checkout: Path) -> None:
     for line in lines:
         words = [word for word in "".join(line).split() if word != "--help"]
         command: Any = typer.main.get_command(app)
-        while words and hasattr(command, "commands"):
+        while words and hasattr(command, "commands") and not words[0].startswith("-"):
             command = command.commands[words.pop(0)]
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("-")} <= known, line

@@ -215,5 +215,15 @@ def write(files: Sequence[Path], output: Path) -> None:
     render.write(output, html(load(files)))
 
 
+def write_run(run: Run, record: Path, output: Path) -> None:
+    """Write the page of a run that was saved as `record`.
+
+    Raises:
+        OSError: the page cannot be written.
+    """
+    digest = hashlib.sha256(run.text().encode("utf-8")).hexdigest()
+    render.write(output, html([view(run, record.name, digest, "run-0")]))
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

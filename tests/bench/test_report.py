@@ -242,6 +242,15 @@ def test_what_could_not_run_is_one_line() -> None:
     assert "FA3 · FA4: needs a GPU" in page.text
 
 
+def test_a_run_and_its_file_have_one_page(tmp_path: Path) -> None:
+    """Also the same hash: what is written is what was measured."""
+    one = run([case("a")])
+    one.save(tmp_path / "a.json")
+    report.write([tmp_path / "a.json"], tmp_path / "read.html")
+    report.write_run(one, tmp_path / "a.json", tmp_path / "run.html")
+    assert (tmp_path / "read.html").read_text() == (tmp_path / "run.html").read_text()
+
+
 def test_two_records_on_one_page(record: Run) -> None:
     one = run(record.cases[:1])
     both = page_of(one, one)

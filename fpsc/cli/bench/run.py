@@ -155,7 +155,7 @@ def finish(run: "Run", output: Path, json: bool) -> None:
     console = Console(stderr=True)
     show_curves(run.fits, run.break_evens, console)
     console.print(f"\n{heading(run)}\nrecord: {output}", highlight=False, markup=False)
-    console.print(_page(output), highlight=False, markup=False)
+    console.print(_page(run, output), highlight=False, markup=False)
     if json:
         typer.echo(run.text(), nl=False)
     bad = [case.name for case in run.cases if case.status is not Status.measured]
@@ -170,14 +170,14 @@ def finish(run: "Run", output: Path, json: bool) -> None:
         raise typer.Exit(NOTHING_FOUND)
 
 
-def _page(output: Path) -> str:
+def _page(run: "Run", output: Path) -> str:
     """Write the report beside the record; what became of it, in words."""
     page = output.with_suffix(".html")
     try:
-        from fpsc.bench.report import write
+        from fpsc.bench.report import write_run
     except ImportError as error:
         return f'no report: its charts need matplotlib ({error}): pip install "fpsc[pictures]"'
-    write([output], page)
+    write_run(run, output, page)
     return f"report: {page}"
 
 
