@@ -51,8 +51,8 @@ def show_case(case: "Case", console: Console) -> None:
     p = case.problem
     size = "x".join(map(str, p.grid))
     console.print(
-        f"\n[bold]{case.name}[/bold]  {p.model or p.model_class or 'one op'}, {p.layers} layers, grid {size} "
-        f"({p.tokens:,} tokens), batch {p.batch}, {p.dtype}",
+        f"\n[bold]{case.name}[/bold]  {p.model or p.model_class or 'one op'}, {p.layers} layers, "
+        f"grid {size} ({p.tokens:,} tokens), batch {p.batch}, {p.dtype}",
         highlight=False,
     )
     if p.reduced:
