@@ -2,8 +2,8 @@
 
     python bench/committed.py attention      # bench/results/attention.json, about 10 minutes
     python bench/committed.py scaling        # bench/results/scaling.json, about 15 minutes
-    python bench/committed.py compile        # bench/results/compile.json, about 20 minutes
-    python bench/committed.py transformer    # bench/results/transformer.json, about 30 minutes
+    python bench/committed.py compile        # bench/results/compile.json, about 25 minutes
+    python bench/committed.py transformer    # bench/results/transformer.json, about 40 minutes
     python bench/committed.py compile --check    # judges what is there, and measures nothing
 
 On a quiet machine: two cores, nothing else. Each is a call of `fpsc bench run`, and goes on where

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -84,15 +85,13 @@ def fpsattn(
 
 def with_fp8_linears(contender: Contender) -> Contender:
     """The same on a model whose linear layers torchao has made FP8 (dynamic activations)."""
-    from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig,
-        PerRow,
-        quantize_,
-    )
+    torchao = import_module("torchao.quantization")  # optional
+    rows = torchao.PerRow()
 
     def prepare(module: nn.Module) -> Called:
         copy = sharing(module)
-        quantize_(copy, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+        how = torchao.Float8DynamicActivationFloat8WeightConfig(granularity=rows)
+        torchao.quantize_(copy, how)
         return contender.prepare(copy)
 
     role = contender.role if contender.role is Role.fpsattn else Role.approximate

@@ -218,30 +218,30 @@ def enter(
             continue
         tell(f"compiling {contender.name}")
         try:
-            called, seconds, reports = prepared(contender, given, call)
+            first = prepared(contender, given, call)
         except Exception as error:  # one that fails is a finding
             results[contender.name] = _left(contender, Status.failed, first_line(error))
             continue
-        why = not_replaced(contender, reports)
+        why = not_replaced(contender, first.reports)
         if why:
             results[contender.name] = _left(contender, Status.wrong, why)
             continue
         for name, noise, visited in phases(contender, case, machine):
             there = at(given, noise)
-            found = call(called, there)
+            found = first.out if noise is None else call(first.called, there)
             result = judged(contender, found, dense(noise), green["fpsattn"], p.dtype)
             results[name] = result.model_copy(
                 update={
                     "name": name,
                     "keep": contender.keep if contender.keep is not None else visited,
                     "visited": visited,
-                    "compile_seconds": rounded(seconds) if contender.name != EAGER else None,
+                    "compile_seconds": rounded(first.seconds) if contender.name != EAGER else None,
                 }
             )
             if result.status is Status.measured:
-                work = _work(call, called, there)
-                entered[name] = Entrant(contender, called, work, results[name])
-    if not machine.fp8:
+                work = _work(call, first.called, there)
+                entered[name] = Entrant(contender, first.called, work, results[name])
+    if not machine.fp8 and p.level is not Level.sampling:  # a loop's error is not one forward's
         _add_fp8_errors(case, machine, given, call, dense, grid, results, tell)
     expected.clear()
     return entered, results
@@ -281,17 +281,26 @@ def _work(
     return lambda: call(called, given)
 
 
+@dataclass(frozen=True)
+class First:
+    """The first call of a contender: what is called from then on, what came out, how long it took,
+    which includes compiling, and the reports of what was replaced."""
+
+    called: Called
+    out: Tensor
+    seconds: float
+    reports: list[Any]
+
+
 def prepared(
     contender: Contender, given: Subject, call: Callable[[Called, Subject], Tensor]
-) -> tuple[Called, float, list[Any]]:
-    """What is called, the seconds of its first call, and the reports of what was replaced."""
+) -> First:
+    """Compile a contender by calling it once."""
     fpsc.reports(clear=True)
-    torch._dynamo.utils.counters.clear()
     called = contender.prepare(given.model)
     start = time.perf_counter()
-    call(called, given)
-    seconds = time.perf_counter() - start
-    return called, seconds, fpsc.reports(clear=True)
+    out = call(called, given).detach().clone()
+    return First(called, out, time.perf_counter() - start, fpsc.reports(clear=True))
 
 
 def not_replaced(contender: Contender, reports: list[Any]) -> str:
@@ -370,10 +379,12 @@ def _add_fp8_errors(
         ):
             continue
         tell(f"emulating FP8 for {contender.name}")
-        called, *_ = prepared(contender, given, call)
+        first = prepared(contender, given, call)
         for name, noise, _ in names:
             if name in results:
-                error = relative_rms(call(called, at(given, noise)), dense(noise))
+                there = at(given, noise)
+                found = first.out if noise is None else call(first.called, there)
+                error = relative_rms(found, dense(noise))
                 results[name] = results[name].model_copy(
                     update={"error_fp8": float(f"{error:.2g}")}
                 )
@@ -430,11 +441,11 @@ def _run_gates(case: Sized, machine: Machine) -> tuple[Gate, ...]:
 
     def found(policy: Policy, **options: Any) -> Tensor:
         contender = fpsattn(policy, machine, name="gate", **options)
-        called, _, reports = prepared(contender, given, forward)
-        why = not_replaced(contender, reports)
+        first = prepared(contender, given, forward)
+        why = not_replaced(contender, first.reports)
         if why:
             raise UserError(f"{p.model or p.model_class}: {why}; nothing can be measured")
-        return forward(called, given)
+        return first.out
 
     same = gate(found(identity()), dense, allowed.MODEL[p.dtype], f"eager, dense policy, {size}")
     sparse = constant(0.5)

@@ -76,6 +76,7 @@ def measure(case: Sized, machine: Machine, effort: Effort, tell: Tell = quiet) -
         notes=(
             "weights are random: the error of a sparse contender says nothing of its quality",
             "one forward a step, without guidance; text encoder and VAE are not in it",
+            "the error is of the last latent, without FP8 rounding where the clock ran without it",
         ),
     )
 

@@ -1,5 +1,6 @@
 """How `fpsc bench` shows what it measures: progress while it runs, a table for each case."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,14 +13,14 @@ if TYPE_CHECKING:
     from fpsc.bench.progress import Tell
     from fpsc.bench.record import BreakEven, Case, Fit, Quartiles, Result, Run
 
+WIDTH = 140
+
 
 @contextmanager
 def progress(total: int) -> Iterator[tuple["Tell", "Progress"]]:
     """A bar for the cases and a line for what is going on, on standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[part]}"))
-    with Progress(
-        *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    ) as bars:
+    with Progress(*columns, TimeElapsedColumn(), console=errors(), transient=True) as bars:
         task = bars.add_task("starting", total=total, part="")
 
         def tell(what: str, done: int = 0, total: int = 0) -> None:
@@ -27,6 +28,11 @@ def progress(total: int) -> Iterator[tuple["Tell", "Progress"]]:
             bars.update(task, description=what[:70], part=part)
 
         yield tell, bars
+
+
+def errors() -> Console:
+    """On standard error; wide enough for the tables where that is no terminal."""
+    return Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH)
 
 
 def heading(run: "Run") -> str:
@@ -45,8 +51,8 @@ def show_case(case: "Case", console: Console) -> None:
     p = case.problem
     size = "x".join(map(str, p.grid))
     console.print(
-        f"\n[bold]{case.name}[/bold]  {p.model_class or 'one op'}, {p.layers} layers, grid {size} "
-        f"({p.tokens:,} tokens), batch {p.batch}, {p.dtype}",
+        f"\n[bold]{case.name}[/bold]  {p.model or p.model_class or 'one op'}, {p.layers} layers, "
+        f"grid {size} ({p.tokens:,} tokens), batch {p.batch}, {p.dtype}",
         highlight=False,
     )
     if p.reduced:
@@ -68,9 +74,12 @@ def show_case(case: "Case", console: Console) -> None:
     for result in case.results:
         if result.steps and result.policy:
             console.print(_steps(result))
-    left = [r for r in case.results if r.reason]
-    for r in left:
-        console.print(f"  {r.name}: {r.status}: {r.reason}", style="dim", markup=False)
+    left: dict[str, list[str]] = {}
+    for r in case.results:
+        if r.reason:
+            left.setdefault(f"{r.status}: {r.reason}", []).append(r.name)
+    for why, names in left.items():
+        console.print(f"  {'; '.join(names)}: {why}", style="dim", markup=False)
     for note in case.notes:
         console.print(f"  note: {note}", style="dim", markup=False)
 

@@ -124,13 +124,10 @@ def run(
 
 def measured(plan: "Plan") -> "Run":
     """Run a plan with progress and tables on standard error."""
-    from rich.console import Console
-
     from fpsc.bench.record import Case
     from fpsc.bench.run import run as run_plan
-    from fpsc.cli.bench.output import progress, show_case
+    from fpsc.cli.bench.output import errors, progress, show_case
 
-    console = Console(stderr=True)
     with progress(len(plan.specs)) as (tell, bars):
 
         def on_case(case: Case) -> None:
@@ -141,18 +138,16 @@ def measured(plan: "Plan") -> "Run":
             return run_plan(plan, tell, on_case)
         except KeyboardInterrupt:
             bars.stop()
-            console.print(f"interrupted; finished cases are in {plan.output}, and are kept")
+            errors().print(f"interrupted; finished cases are in {plan.output}, and are kept")
             raise typer.Exit(130) from None
 
 
 def finish(run: "Run", output: Path, json: bool) -> None:
     """Say what came out, and end with the status that says so."""
-    from rich.console import Console
-
     from fpsc.bench.record import Role, Status
-    from fpsc.cli.bench.output import heading, show_curves
+    from fpsc.cli.bench.output import errors, heading, show_curves
 
-    console = Console(stderr=True)
+    console = errors()
     show_curves(run.fits, run.break_evens, console)
     console.print(f"\n{heading(run)}\nrecord: {output}", highlight=False, markup=False)
     console.print(_page(run, output), highlight=False, markup=False)
