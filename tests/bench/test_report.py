@@ -242,6 +242,16 @@ def test_what_could_not_run_is_one_line() -> None:
     assert "FA3 · FA4: needs a GPU" in page.text
 
 
+@pytest.mark.parametrize(
+    ("ours", "word"),
+    [([2.0, 2.1, 2.2], "slower"), ([0.9, 1.0, 1.2], "level"), ([0.5, 0.6, 0.7], None)],
+)
+def test_who_wins_is_judged_by_the_quartiles(ours: list[float], word: str | None) -> None:
+    results = [result("eager", [1.0] * 3, Role.eager), result("fpsattn", ours, Role.fpsattn)]
+    text = page_of(run([case("a", results=results)])).text
+    assert {"slower", "level"} & set(text) == ({word} if word else set())
+
+
 def test_a_run_and_its_file_have_one_page(tmp_path: Path) -> None:
     """Also the same hash: what is written is what was measured."""
     one = run([case("a")])
