@@ -4,7 +4,7 @@
     python bench/gpu_suite.py --part 0 1               # some
     python bench/gpu_suite.py --part 3 --resume        # goes on where a cut run stopped
     python bench/gpu_suite.py --summary bench/results/gpu/*.json
-    python bench/gpu_suite.py --smoke --out /tmp/x     # parts 0, 1, 2, tiny, on CPU
+    python bench/gpu_suite.py --smoke --out /tmp/x     # parts 0, 1, 2, 6, tiny, on CPU
 
 | part | what it shows |
 |---|---|
@@ -14,6 +14,7 @@
 | 3 | times of forward and backward beside every dense attention that is here |
 | 4 | measured ceilings, and the share of them that the kernels reach |
 | 5 | the kernels of one call apart, and the memory that training holds |
+| 6 | whole models beside every other way to run them; Amdahl's split; scaling; compile times |
 
 Each part is a process of its own and writes one file, `part<N>.json` in --out, after every case.
 --budget is looked at between cases; what was skipped for time is listed by name.
@@ -42,8 +43,8 @@ for name in ("bench", "tests"):  # an installed package of this name would win o
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__path__ = [str(ROOT / name)]
 
-PARTS = ("public_line", "matrix", "graphs", "timings", "ceilings", "profile")
-SMOKE_PARTS = (0, 1, 2)
+PARTS = ("public_line", "matrix", "graphs", "timings", "ceilings", "profile", "models")
+SMOKE_PARTS = (0, 1, 2, 6)
 BUDGET = 460.0
 GRACE = 70.0
 """Seconds that the last case of a part may outlast the budget: then the part is ended."""
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for each part")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--resume", action="store_true", help="skip what the files already have")
-    parser.add_argument("--smoke", action="store_true", help="parts 0, 1, 2 with tiny sizes on CPU")
+    parser.add_argument("--smoke", action="store_true", help="some parts, tiny, on CPU")
     parser.add_argument("--summary", type=Path, nargs="+", metavar="FILE", help="print and judge")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

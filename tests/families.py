@@ -1,7 +1,7 @@
 """A tiny model of every video transformer that diffusers ships, with inputs for any token grid.
 
 Real weights and data on CPU: two layers, two heads, a width that the kernels take. What `fpsc
-inspect` knows of a forward's arguments is used (`fpsc.cli.inputs`); the rest is stated here.
+inspect` knows of a forward's arguments is used (`fpsc.models.inputs`); the rest is stated here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMRefi
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from torch import Tensor, nn
 
-from fpsc.cli.inputs import example_inputs
 from fpsc.grid import TokenGrid
+from fpsc.models.inputs import example_inputs
 
 TEXT = 7  # text tokens
 Arguments = Callable[[TokenGrid, int], dict[str, Any]]

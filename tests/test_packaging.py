@@ -19,7 +19,10 @@ import pytest
 from packaging.requirements import Requirement
 
 SOURCES = {"fpsc": "fpsc", "passes": "fpsc/passes", "kernels": "fpsc/kernels"}  # folder -> package
-DATA = ("fpsc/py.typed", "fpsc/policy/presets/*.yaml", "fpsc/policy/*.json", "fpsc/demo/weights/*")
+DATA = (
+    *("fpsc/py.typed", "fpsc/policy/presets/*.yaml", "fpsc/policy/*.json"),
+    *("fpsc/demo/weights/*", "fpsc/pages/*.html", "fpsc/pages/*.css"),
+)
 BUILD_FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 
 
@@ -138,7 +141,8 @@ def test_every_import_is_a_declared_dependency(source: Path) -> None:
     imported -= {"fpsc", *sys.stdlib_module_names}
     project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
     declared = {Requirement(text).name for text in project["dependencies"]}
-    extra = {Requirement(text).name for text in project["optional-dependencies"]["pictures"]}
+    extras = project["optional-dependencies"]
+    extra = {Requirement(text).name for x in extras if x != "test" for text in extras[x]}
     needed = {distributions.get(name, name) for name in imported}
     assert needed <= declared | extra
     assert extra <= needed

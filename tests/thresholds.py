@@ -9,7 +9,8 @@ about one value in 10**5, which then differs by 6% to 12%.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+
+from fpsc.bench.measure import relative_rms as relative_rms
 
 # A kernel against the reference, in cells of one kind: out, dq, dk and dv.
 KERNEL_FP32 = 1e-5  # 2.5e-6, a gradient; also lse, in all cells (1.4e-7)
@@ -54,19 +55,3 @@ def gpu_threshold(dtype: torch.dtype, *, fp8: bool) -> tuple[float, float]:
     if fp8:  # P rounds alike in every order of the key tiles
         return 5e-3, 1e-2
     return 5e-3, 1e-2  # P and dS are rounded to eight bits (bfloat16) before the second product
-
-
-def relative_rms(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
-    """|found - expected| / |expected| in Frobenius norms; infinity where a value is not finite.
-
-    least: a norm that counts where that of expected is smaller, as it is where terms cancel.
-    Where both are zero: zero if found is too, else infinity.
-    """
-    found, expected = found.detach().double(), expected.detach().double()
-    error, size = torch.linalg.vector_norm(found - expected), torch.linalg.vector_norm(expected)
-    if not (error.isfinite() and size.isfinite()):
-        return float("inf")
-    size = size.clamp(min=least)
-    if size == 0:
-        return 0.0 if error == 0 else float("inf")
-    return float(error / size)

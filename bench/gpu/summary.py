@@ -13,6 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.gpu.models import HEADLINE
+from fpsc.bench.fits import break_evens, fits_of
+from fpsc.bench.record import Result, Role, Run, ratio
+from fpsc.cli.bench.output import show_case, show_curves
+
 PASS, MISSED, NOT_MEASURED = "PASS", "MISSED", "not measured"
 CODES = {PASS: 0, MISSED: 1, NOT_MEASURED: 4}
 CORRECTNESS = {
@@ -22,6 +27,7 @@ CORRECTNESS = {
     "timings": "3: what is timed",
     "ceilings": "4: ceilings and shares",
     "profile": "5: kernels apart, memory",
+    "models": "6: whole models",
 }
 
 Document = dict[str, Any]
@@ -50,6 +56,8 @@ def summarise(paths: Iterable[Path]) -> int:
                     console.print(timing_table(record))
         elif document["part"] in ("ceilings", "profile"):
             console.print(profile_table(document))
+        elif document["part"] == "models":
+            show_models(document, console)
         for line in unwell(document):
             console.print(line, markup=False, highlight=False)
     found = marks(documents)
@@ -131,6 +139,7 @@ def marks(documents: list[Document]) -> list[Mark]:
         ceiling(documents, "fpsc keep 1", 0.5),
         speedup(documents, "headline backward", "fpsc keep 0.25", 2.0),
         memory(documents),
+        *whole_models(documents),
     ]
 
 
@@ -199,6 +208,53 @@ def memory(documents: list[Document]) -> Mark:
         return Mark(name, "less", _why(record, "memory"), NOT_MEASURED)
     verdict = PASS if record["saved"] > 0 else MISSED
     return Mark(name, "less", f"{record['saved']:.1%} less", verdict)
+
+
+WHOLE = {
+    ("eager", "fpsattn keep 0.125, FP8 linears"): 4.96,
+    ("the best", "fpsattn keep 0.125"): 2.4,
+    ("the best", "fpsattn keep 0.125, FP8 linears"): 3.5,
+}
+"""Of one denoising step at HEADLINE: what the speedup is of, whose, and how much is promised. The
+best is the fastest that is dense and does not round."""
+
+
+def whole_models(documents: list[Document]) -> list[Mark]:
+    """One denoising step of Wan2.1-14B at 720p, with the bound that Amdahl's split leaves."""
+    record = _record(documents, "models", HEADLINE)
+    found = record and record.get("run") and Run.model_validate(record["run"]).of(HEADLINE)
+    marks = []
+    for (of, contender), least in WHOLE.items():
+        name = f"{HEADLINE}, {contender}, to {of}"
+        result = found and found.of(contender)
+        others = (
+            [r for r in found.measured if r.role in (Role.eager, Role.baseline)] if found else []
+        )
+        base = found and (found.eager if of == "eager" else min(others, key=_median, default=None))
+        speedup = ratio(base, result) if base and result else None
+        if speedup is None or base is None:
+            why = result.reason if result else _why(record, contender)
+            marks.append(Mark(name, f"{least}x", why, NOT_MEASURED))
+            continue
+        bound = f"; at most {base.split.bound():.2f}x by attention alone" if base.split else ""
+        verdict = PASS if speedup.median >= least else MISSED
+        marks.append(
+            Mark(name, f"{least}x", f"{speedup.median:.2f}x of {base.name}{bound}", verdict)
+        )
+    return marks
+
+
+def _median(result: Result) -> float:
+    return result.seconds.median if result.seconds else float("inf")
+
+
+def show_models(document: Document, console: Console) -> None:
+    """The tables of `fpsc bench`; the fits of all scaling cases together."""
+    runs = [Run.model_validate(r["run"]) for r in document["records"] if r.get("run")]
+    cases = [case for run in runs for case in run.cases]
+    for case in cases:
+        show_case(case, console)
+    show_curves(tuple(fits_of(cases)), tuple(break_evens(cases)), console)
 
 
 def _best(record: Record) -> str:

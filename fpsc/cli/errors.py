@@ -7,12 +7,10 @@ from typing import Any
 
 import typer
 
+from fpsc.errors import UserError as UserError
+
 NOTHING_FOUND = 1  # the command ran, and the answer to its question is no
 BAD_INPUT = 2  # what click and argparse use for usage errors
-
-
-class UserError(Exception):
-    """A mistake in what the user asked for. The message says what, where, and what to do."""
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:

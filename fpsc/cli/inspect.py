@@ -64,9 +64,9 @@ def inspect(
     where something is replaced, 1 where nothing is, 2 for input that cannot be used.
     """
     from fpsc.cli.capture import capture
-    from fpsc.cli.inputs import example_inputs, parse_input
-    from fpsc.cli.model import build, find_model
     from fpsc.cli.table import Inspection, as_json, show
+    from fpsc.models.build import build, find_model
+    from fpsc.models.inputs import example_inputs, parse_input
 
     spec = find_model(model, config)
     torch_dtype = _torch_dtype(dtype)
@@ -120,8 +120,8 @@ def _grid(
     width: int | None,
 ) -> "TokenGrid":
     """The token grid that the options ask for."""
-    from fpsc.cli.inputs import grid_of_video
     from fpsc.grid import TokenGrid
+    from fpsc.models.inputs import grid_of_video
 
     sizes = {"--frames": frames, "--height": height, "--width": width}
     missing = [name for name, value in sizes.items() if value is None]

@@ -19,7 +19,6 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from fpsc.demo.clips import FRAMES, HEIGHT, WIDTH, Scene, encode_prompt
-from fpsc.demo.metrics import psnr, ssim
 from fpsc.demo.model import (
     TRAIN_TIMESTEPS,
     build_scheduler,
@@ -27,7 +26,8 @@ from fpsc.demo.model import (
     load_model,
     with_places,
 )
-from fpsc.demo.pictures import write_gif, write_sheet
+from fpsc.quality.metrics import psnr, ssim
+from fpsc.quality.pictures import difference, write_gif, write_sheet
 
 if TYPE_CHECKING:
     from fpsc.report import Report
@@ -205,7 +205,7 @@ def run(
     clips = {
         "dense": dense.clip,
         "fpsattn": fast.clip,
-        "difference x 4": ((fast.clip - dense.clip).abs() * 4 - 1).clamp(-1, 1),
+        "difference x 4": difference(fast.clip, dense.clip, 4),
     }
     write_gif(clips, result.files[0], scene.prompt)
     write_sheet(clips, result.files[1], scene.prompt)

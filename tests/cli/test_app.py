@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fpsc.cli import app
 
-COMMANDS = ("demo", "inspect", "version")
+COMMANDS = ("compare", "demo", "inspect", "version")
 
 
 def run_python(code: str, cwd: Path) -> str:

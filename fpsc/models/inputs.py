@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fpsc.cli.errors import UserError
+from fpsc.errors import UserError
 from fpsc.grid import TokenGrid
 
 IMAGE_TOKENS = 257  # CLIP ViT-H/14: 16 x 16 patches and the class token

@@ -6,7 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-from fpsc.demo.pictures import MARGIN, write_gif, write_sheet
+from fpsc.quality import pictures
+from fpsc.quality.clips import read
+from fpsc.quality.pictures import (
+    LINE,
+    MARGIN,
+    difference,
+    h264,
+    write_gif,
+    write_sheet,
+    write_video,
+)
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -52,3 +62,45 @@ def test_sheet_has_a_row_for_each_clip_and_its_first_and_last_frame(
     assert picture.getpixel((MARGIN + 32, above)) == RED
     last = picture.getpixel((picture.width - MARGIN - 32, above))
     assert last == ((255, 255, 255) if columns > 1 else RED)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "webp", "gif"])
+def test_both_clips_are_in_one_video_in_step(tmp_path: Path, ending: str) -> None:
+    """Every frame of the video holds that frame of both, and the video keeps its speed."""
+    if ending == "mp4" and h264() is None:
+        pytest.skip("no encoder for mp4 is installed")
+    shades = torch.linspace(-0.8, 0.8, 6)
+    first = shades[None, :, None, None].expand(3, 6, 63, 97).clone()
+    path = tmp_path / f"both.{ending}"
+    write_video({"a": first, "b": -first}, path, "a title", fps=10, scale=2)
+    found = read(path)
+    assert found.fps == pytest.approx(10)
+    assert found.frames.shape[:2] == (3, 6)
+    height, width = found.frames.shape[2:]
+    assert width >= 3 * MARGIN + 2 * 97 * 2 and height >= 3 * MARGIN + 2 * LINE + 63 * 2
+    row = 2 * MARGIN + 2 * LINE + 63
+    left = found.frames[:, :, row, MARGIN + 97].mean(0)
+    right = found.frames[:, :, row, 2 * MARGIN + 194 + 97].mean(0)
+    torch.testing.assert_close(left, shades, rtol=0, atol=0.03)
+    torch.testing.assert_close(right, -shades, rtol=0, atol=0.03)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_video_of_another_kind_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = {"a": flat(RED, 2)}
+    with pytest.raises(ValueError, match=r"\.mp4, \.webp or \.gif"):
+        write_video(clips, tmp_path / "a.avi", "", fps=8)
+    monkeypatch.setattr(pictures, "h264", lambda: None)
+    with pytest.raises(ValueError, match=r"fpsc\[quality\]"):
+        write_video(clips, tmp_path / "a.mp4", "", fps=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_is_black_where_clips_are_equal() -> None:
+    a = torch.zeros(3, 1, 2, 2)
+    b = a.clone()
+    b[:, :, 0, 0] = 0.25
+    found = difference(a, b, 4)
+    assert found[0, 0].tolist() == [[0, -1], [-1, -1]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fpsc.cli.errors import UserError
+from fpsc.errors import UserError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CONFIGS = ("config.json", "transformer/config.json")  # a model's folder, a pipeline's folder

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fpsc.demo.metrics import psnr, ssim
+from fpsc.quality.metrics import psnr, psnr_by_frame, ssim, ssim_by_frame
 
 CLIP = torch.rand(3, 2, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -56,3 +56,16 @@ def test_shapes_that_cannot_be_compared() -> None:
         psnr(CLIP, CLIP[:, :1])
     with pytest.raises(ValueError, match="11x11"):
         ssim(CLIP[..., :8], CLIP[..., :8])
+
+
+def test_frames_have_values_of_their_own() -> None:
+    other = CLIP.clone()
+    other[:, 1] += 0.02
+    assert psnr_by_frame(CLIP, other) == [math.inf, pytest.approx(40, abs=1e-3)]
+    first, second = ssim_by_frame(CLIP, other)
+    assert first == pytest.approx(1) and second < 1
+    assert ssim(CLIP, other) == pytest.approx((first + second) / 2)
+    # The PSNR of the clip is that of its mean error, and not the mean of its PSNRs.
+    assert psnr(CLIP, other) == pytest.approx(40 + 10 * math.log10(2), abs=1e-3)
+    with pytest.raises(ValueError, match="one shape"):
+        ssim_by_frame(CLIP, other[:, :1])

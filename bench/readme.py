@@ -1,0 +1,105 @@
+"""The tables of README.md and docs/ that quote measurements, written from the committed JSON.
+
+    python bench/readme.py           # rewrites every table between markers
+    python bench/readme.py --check   # changes nothing; fails where a table is not that of its JSON
+
+A table stands between two markers, the first of which names the JSON, relative to the root:
+
+    <!-- table: bench/results/cpu_attention.json -->
+    <!-- end of table -->
+
+The JSON is a record of `fpsc bench`, or bench/results/cpu_attention.json, which is older.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fpsc.bench.markdown import markdown, table  # noqa: E402
+from fpsc.bench.record import RecordError, Run  # noqa: E402
+from fpsc.files import replacing  # noqa: E402
+
+MARKED = re.compile(
+    r"^(<!-- table: (\S+) -->\n)(.*?)^(<!-- end of table -->)$", re.DOTALL | re.MULTILINE
+)
+MARKER = re.compile(r"^<!-- (table:|end of table)", re.MULTILINE)  # indented, it is an example
+
+# Column of the README -> contender in the JSON.
+CPU_ATTENTION = {
+    "fpsc": "fpsc",
+    "compiled FlexAttention, same lists": "flex, padded",
+    "FlexAttention, tile that divides the grid": "flex, tile that divides the grid",
+}
+CPU_KEEPS = ("0.25", "0.125")
+
+
+def cpu_attention(measured: dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]) -> str:
+    """Times the speed of dense SDPA, by keep."""
+    rows = [
+        (keep, *(f"{measured[keep]['contenders'][name]['speedup']['median']:.1f}x"
+                 for name in CPU_ATTENTION.values()))
+        for keep in CPU_KEEPS
+    ]  # fmt: skip
+    return markdown(("keep", *CPU_ATTENTION), rows)
+
+
+def table_of(name: str, root: Path) -> str:
+    """The table of a JSON file; `name` is relative to the root.
+
+    Raises:
+        SystemExit: there is no such file, or it is none that has a table.
+    """
+    path = root / name
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if "schema_version" in found:
+            return table(Run.load(path))
+        return cpu_attention(found["keep"])
+    except (OSError, json.JSONDecodeError, RecordError, KeyError, TypeError) as error:
+        sys.exit(f"{name}: expected a record of `fpsc bench`: {error}")
+
+
+def written(text: str, root: Path = ROOT, page: str = "the page") -> str:
+    """A page with its tables as the JSON says.
+
+    Raises:
+        SystemExit: a marker has no partner, or its file no table.
+    """
+    if len(MARKER.findall(text)) != 2 * len(MARKED.findall(text)):
+        sys.exit(
+            f"{page}: a marker of a table has no partner: <!-- table: FILE --> and, after it, "
+            "<!-- end of table -->"
+        )
+    return MARKED.sub(lambda m: f"{m[1]}{table_of(m[2], root)}{m[4]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where it would")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout")
+    arguments = parser.parse_args()
+    stale = []
+    for path in (arguments.root / "README.md", *sorted((arguments.root / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        name = str(path.relative_to(arguments.root))
+        new = written(text, arguments.root, name)
+        if new == text:
+            continue
+        stale.append(name)
+        if not arguments.check:
+            with replacing(path) as beside:
+                beside.write_text(new, encoding="utf-8")
+            print(f"written: {name}")
+    if arguments.check and stale:
+        sys.exit(f"not as the JSON says: {', '.join(stale)}; run python bench/readme.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Benchmarks of compiled models: what is measured, how, and the record that is kept of it."""

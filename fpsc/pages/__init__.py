@@ -1,0 +1,1 @@
+"""Pages that need nothing but themselves: one HTML file, no network, light and dark."""

@@ -1,0 +1,1 @@
+"""How far an accelerated clip is from the dense one: metrics, and both seen side by side."""
