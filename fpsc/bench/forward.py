@@ -426,7 +426,7 @@ _KNOWN: dict[str, tuple[Gate, ...]] = {}
 
 
 def _gates(case: Sized, machine: Machine) -> tuple[Gate, ...]:
-    p, plain = case.problem, replace(machine, mode="", traces=None)
+    p, plain = case.problem, replace(machine, mode="", traces=None, profile=True)
     key = f"{case.model} {p.grid} {plain}"
     if key not in _KNOWN:
         _KNOWN[key] = _run_gates(case, plain)
