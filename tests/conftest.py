@@ -1,4 +1,4 @@
-"""What every test gets: fixed seeds, a clean Dynamo, compile caches of its own, two threads.
+"""What every test gets: fixed seeds, a clean Dynamo, compile caches of its own, few threads.
 
 The environment is set when this file is imported, which is before any test imports torch.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-THREADS = 2
+# Threads of several workers would wait for each other: tiny models take twice as long.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 # Caches that outlive a run would hide a change in an op's backward or fake: neither is a part of
 # Inductor's own cache key. Every run (every worker of it) starts from empty folders.
