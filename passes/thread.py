@@ -98,9 +98,17 @@ def layer_weight(program: Program, query: fx.Node) -> Weight | None:
 
 
 def _parameter(program: Program, node: fx.Node) -> Weight | None:
-    """A trainable input of the root graph, as a weight; buffers are shared between layers."""
+    """A trainable input of the root graph, as a weight; buffers are shared between layers.
+
+    A tensor that hangs on a parameter (`weight.CB` of bitsandbytes) has no name in the model, which
+    tells what the other layers' are called.
+    """
     source = program.root_of(node)
-    if source.op != "placeholder" or "_buffers" in source_name(source):
+    name = source_name(source)
+    if source.op != "placeholder" or "_buffers" in name:
+        return None
+    own = name.endswith("]") or isinstance(example(source), torch.nn.Parameter)
+    if "_parameters" in name and not own:
         return None
     if not is_parameter(source) or source not in program.placeholders:
         return None
