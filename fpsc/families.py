@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fpsc.policy.lookup import origin_of
+
 
 @dataclass(frozen=True)
 class Family:
@@ -30,10 +32,9 @@ class Family:
 def _wan(model: nn.Module) -> Family:
     """Wan2.1 1.3B has 12 heads, Wan2.2 TI2V-5B 24. Wan2.2 A14B has the sizes of Wan2.1 14B; what it
     was loaded from tells them apart."""
-    config = getattr(model, "config", None)
-    if "wan2.2" in str(getattr(config, "_name_or_path", "")).lower():
+    if "wan2.2" in (origin_of(model) or "").lower():
         return Family("flow", "wan-2.2")
-    heads = getattr(config, "num_attention_heads", None)
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     return Family("flow", {12: "wan-2.1-1.3b", 24: "wan-2.2"}.get(heads or 0, "wan-2.1-14b"))
 
 

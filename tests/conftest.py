@@ -56,6 +56,27 @@ def _fresh_dynamo() -> Iterator[None]:
         torch._dynamo.reset()
 
 
+@pytest.fixture
+def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewritten graphs run as they are: what Inductor makes of them is not the point here."""
+
+    def as_it_is(gm: torch.fx.GraphModule, inputs: object, config_patches: object = None) -> object:
+        return gm.forward
+
+    monkeypatch.setattr("fpsc.backend.inductor", as_it_is)
+
+
+@pytest.fixture
+def phases(tmp_path: Path) -> str:
+    """Path of a policy with three phases that differ on a small grid."""
+    from fpsc.policy import Policy
+    from tests.wan import PHASES
+
+    path = tmp_path / "phases.yaml"
+    Policy.from_dict(PHASES).save(path)
+    return str(path)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _remove_caches() -> Iterator[None]:
     yield

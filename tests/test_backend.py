@@ -14,10 +14,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 import fpsc
 from fpsc import backend, launch, runtime
 from fpsc.policy import Policy
+from tests.compiled import NO_RECOMPILE, compile_blocks, compile_whole, graphs
 from tests.thresholds import COMPILED_DENSE, COMPILED_FP8, COMPILED_GRAD, relative_rms
 from tests.wan import PHASES, reference_forward, small_inputs, small_wan
-
-NO_RECOMPILE = torch._dynamo.config.patch(error_on_recompile=True)
 
 
 @pytest.fixture(autouse=True)
@@ -26,28 +25,9 @@ def _fresh_reports() -> None:
     counters.clear()
 
 
-@pytest.fixture
-def phases(tmp_path: Path) -> str:
-    """Path of a policy with three phases that differ on a small grid."""
-    return write(tmp_path / "phases.yaml", PHASES)
-
-
 def write(path: Path, policy: dict[str, Any]) -> str:
     Policy.from_dict(policy).save(path)
     return str(path)
-
-
-def compile_whole(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
-    return torch.compile(model, backend="fpsattn", fullgraph=True, options=options)
-
-
-def compile_blocks(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
-    model.compile_repeated_blocks(backend="fpsattn", fullgraph=True, options=options)
-    return model
-
-
-def graphs() -> int:
-    return counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.parametrize("compile_", [compile_whole, compile_blocks])

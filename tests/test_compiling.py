@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fpsc
-from fpsc import backend
 from fpsc.compiling import repeated_blocks
 from fpsc.policy import find
 from tests.passes.foreign import GRID, TEXT, WIDTH, Layer, Model
@@ -25,13 +24,7 @@ FLAGS = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops")
 
 
 @pytest.fixture(autouse=True)
-def _no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewritten graphs run as they are; what is tested here happens before."""
-
-    def eager(gm: Any, example_inputs: Any, config_patches: Any = None) -> Any:
-        return gm.forward
-
-    monkeypatch.setattr(backend, "inductor", eager)
+def _fresh(no_inductor: None) -> None:
     fpsc.reports(clear=True)
     counters.clear()
 

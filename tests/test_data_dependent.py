@@ -27,7 +27,7 @@ from fpsc.policy import Policy
 from fpsc.policy.resolve import plan, resolve
 from tests.families import MODELS, TEXT
 from tests.thresholds import COMPILED_DENSE, COMPILED_FP8, relative_rms
-from tests.wan import PHASES
+from tests.wan import PHASES, query_key_value
 
 FLAGS = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
 GRID = (3, 4, 5)
@@ -46,12 +46,6 @@ def _flags() -> Iterator[None]:
     counters.clear()
     with torch._dynamo.config.patch(**FLAGS):
         yield
-
-
-@pytest.fixture
-def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rewritten graph runs as it is."""
-    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, config_patches=None: gm.forward)
 
 
 @pytest.fixture
@@ -142,9 +136,7 @@ class ReferenceAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        q, k, v = (
-            args[i] if len(args) > i else kwargs[n] for i, n in enumerate(("query", "key", "value"))
-        )
+        q, k, v = query_key_value(args, kwargs)
         t, y, x = self.grid
         text = q.shape[2] - t * y * x - self.prefix
         if text < 0:  # a refiner of text
@@ -182,13 +174,6 @@ def reference_output(
         output = first(model(**given))
     assert mode.calls == layers * (len(noise) if key == MOCHI else 1)
     return output
-
-
-@pytest.fixture
-def phases(tmp_path: Any) -> str:
-    path = tmp_path / "phases.yaml"
-    Policy.from_dict(PHASES).save(path)
-    return str(path)
 
 
 SPARSE = (3, 8, 10)

@@ -16,10 +16,10 @@ from torch._dynamo.utils import counters
 import fpsc
 from fpsc.policy import Policy, PolicyError
 from fpsc.policy.load import BESIDE
+from tests.compiled import NO_RECOMPILE, compile_blocks, compile_whole, graphs
 from tests.thresholds import COMPILED_FP8, relative_rms
 from tests.wan import PHASES, reference_forward, small_inputs, small_wan
 
-NO_RECOMPILE = torch._dynamo.config.patch(error_on_recompile=True)
 OTHER_TILE = {**PHASES, "name": "other tile", "tile": [3, 4, 5]}
 
 
@@ -27,26 +27,6 @@ OTHER_TILE = {**PHASES, "name": "other tile", "tile": [3, 4, 5]}
 def _fresh_reports() -> None:
     fpsc.reports(clear=True)
     counters.clear()
-
-
-@pytest.fixture
-def phases(tmp_path: Path) -> str:
-    path = tmp_path / "phases.yaml"
-    Policy.from_dict(PHASES).save(path)
-    return str(path)
-
-
-def compile_whole(model: nn.Module, **options: Any) -> nn.Module:
-    return torch.compile(model, backend="fpsattn", fullgraph=True, options=options)
-
-
-def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
-    model.compile_repeated_blocks(backend="fpsattn", fullgraph=True, options=options)
-    return model
-
-
-def graphs() -> int:
-    return counters["stats"]["unique_graphs"]
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,12 @@ class _Reference(torch.autograd.Function):
         return *reference.backward(*given, modes, *lists, ctx.keys, scale), None, None
 
 
+def query_key_value(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The first three arguments of `scaled_dot_product_attention`, however they are given."""
+    names = ("query", "key", "value")
+    return tuple(args[i] if len(args) > i else kwargs[name] for i, name in enumerate(names))
+
+
 class ReferenceAttention(TorchFunctionMode):
     """Every self-attention over the grid is computed by the reference, as the policy says.
 
@@ -129,9 +135,7 @@ class ReferenceAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        q, k, v = (
-            args[i] if len(args) > i else kwargs[n] for i, n in enumerate(("query", "key", "value"))
-        )
+        q, k, v = query_key_value(args, kwargs)
         if not q.shape[2] == k.shape[2] == self.tokens:
             return func(*args, **kwargs)
         self.seen += 1

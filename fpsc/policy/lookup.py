@@ -64,7 +64,7 @@ def beside(model: Any) -> Path | None:
 
 def component_of(model: Any) -> str | None:
     """The name of a model in its pipeline, `transformer_2` for example, or None if not known."""
-    origin = _origin(model)
+    origin = origin_of(model)
     if origin is None:
         return None
     path = Path(origin)
@@ -76,7 +76,7 @@ def component_of(model: Any) -> str | None:
 
 def hub_id_of(model: Any) -> str | None:
     """The hub id (owner/name) that a model was loaded from, or None for a folder of one's own."""
-    origin = _origin(model)
+    origin = origin_of(model)
     if origin is None:
         return None
     cached = CACHED.search(origin)
@@ -85,7 +85,7 @@ def hub_id_of(model: Any) -> str | None:
     return origin if HUB_ID.fullmatch(origin) and not Path(origin).exists() else None
 
 
-def _origin(model: Any) -> str | None:
+def origin_of(model: Any) -> str | None:
     """What the model was loaded from, as its configuration records it."""
     config = getattr(model, "config", None)
     if isinstance(config, Mapping):
@@ -97,7 +97,7 @@ def _origin(model: Any) -> str | None:
 
 def _folders(model: Any) -> list[Path]:
     """Folders in which a model's policy may lie, most specific first."""
-    origin = _origin(model)
+    origin = origin_of(model)
     if origin is None:
         return []
     path = Path(origin)

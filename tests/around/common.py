@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from tests.compiled import compile_blocks, compile_whole
 from tests.wan import PHASES
 
 POLICY = {
@@ -19,7 +18,6 @@ POLICY = {
 }
 """Every layer differs from the others in every phase but the first."""
 
-NO_RECOMPILE = torch._dynamo.config.patch(error_on_recompile=True)
 TIMESTEPS = (950.0, 600.0, 100.0)
 
 
@@ -27,9 +25,5 @@ def compiled(
     model: Any, way: str, policy: str, *, dynamic: bool | None = None, **options: Any
 ) -> Any:
     """The model compiled as users do: `whole`, or `blocks` one by one."""
-    settings: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic}
-    settings["options"] = {"policy": policy, **options}
-    if way == "blocks":
-        model.compile_repeated_blocks(backend="fpsattn", **settings)
-        return model
-    return torch.compile(model, backend="fpsattn", **settings)
+    compile_ = {"whole": compile_whole, "blocks": compile_blocks}[way]
+    return compile_(model, dynamic=dynamic, policy=policy, **options)

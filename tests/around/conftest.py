@@ -8,7 +8,6 @@ import pytest
 from torch._dynamo.utils import counters
 
 import fpsc
-from fpsc import backend
 from fpsc.policy import Policy
 from tests.around.common import POLICY
 
@@ -25,9 +24,3 @@ def policy(tmp_path: Path) -> str:
     path = tmp_path / "around.yaml"
     Policy.from_dict(POLICY).save(path)
     return str(path)
-
-
-@pytest.fixture
-def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rewritten graph runs as it is: what Inductor makes of it is not the point here."""
-    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, config_patches=None: gm)

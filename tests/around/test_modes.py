@@ -10,7 +10,8 @@ from torch import nn
 
 import fpsc
 from fpsc.policy import Policy
-from tests.around.common import NO_RECOMPILE, POLICY, TIMESTEPS, compiled
+from tests.around.common import POLICY, TIMESTEPS, compiled
+from tests.compiled import NO_RECOMPILE
 from tests.thresholds import COMPILED_BF16, COMPILED_FP8, COMPILED_GRAD, relative_rms
 from tests.wan import reference_forward, small_inputs, small_wan
 

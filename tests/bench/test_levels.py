@@ -14,27 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+from bench.gpu.models import SMOKE
 from fpsc.bench import attention, compiling, forward, op, sampling
 from fpsc.bench.cases import Spec
 from fpsc.bench.measure import Effort
 from fpsc.bench.record import Case, Level, Role, Status
 from fpsc.bench.run import settings
 from fpsc.bench.subject import Machine, sized
-from fpsc.models.build import ModelSpec
 
 CPU = Machine(torch.device("cpu"), torch.float32)
-TINY = ModelSpec(
-    "WanTransformer3DModel",
-    {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "num_layers": 1,
-        "ffn_dim": 32,
-        "text_dim": 16,
-        "freq_dim": 16,
-    },
-    "tiny",
-)
+TINY = SMOKE.own
 ONCE = Effort(rounds=2, least=1)
 
 
