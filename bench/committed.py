@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in () if given.check else given.names:
         code = "import sys; from fpsc.cli import app; sys.exit(app())"
         command = [sys.executable, "-c", code, "bench", "run", *MEASUREMENTS[name].arguments]
-        command += ["--threads", THREADS, "--output", str(RESULTS / f"{name}.json")]
+        command += ["--threads", THREADS, "--output", f"bench/results/{name}.json"]
         ended = subprocess.run([*command, *(["--fresh"] if given.fresh else [])], cwd=ROOT)
         if ended.returncode:
             return ended.returncode

@@ -5,16 +5,15 @@
 
 A table stands between two markers, the first of which names the JSON, relative to the root:
 
-    <!-- table: bench/results/cpu_attention.json -->
+    <!-- table: bench/results/attention.json -->
     <!-- end of table -->
 
-The JSON is a record of `fpsc bench`, or bench/results/cpu_attention.json, which is older.
+The JSON is a record of `fpsc bench`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fpsc.bench.markdown import markdown, table  # noqa: E402
+from fpsc.bench.markdown import table  # noqa: E402
 from fpsc.bench.record import RecordError, Run  # noqa: E402
 from fpsc.files import replacing  # noqa: E402
 
@@ -31,24 +30,6 @@ MARKED = re.compile(
 )
 MARKER = re.compile(r"^<!-- (table:|end of table)", re.MULTILINE)  # indented, it is an example
 
-# Column of the README -> contender in the JSON.
-CPU_ATTENTION = {
-    "fpsc": "fpsc",
-    "compiled FlexAttention, same lists": "flex, padded",
-    "FlexAttention, tile that divides the grid": "flex, tile that divides the grid",
-}
-CPU_KEEPS = ("0.25", "0.125")
-
-
-def cpu_attention(measured: dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]) -> str:
-    """Times the speed of dense SDPA, by keep."""
-    rows = [
-        (keep, *(f"{measured[keep]['contenders'][name]['speedup']['median']:.1f}x"
-                 for name in CPU_ATTENTION.values()))
-        for keep in CPU_KEEPS
-    ]  # fmt: skip
-    return markdown(("keep", *CPU_ATTENTION), rows)
-
 
 def table_of(name: str, root: Path) -> str:
     """The table of a JSON file; `name` is relative to the root.
@@ -56,13 +37,9 @@ def table_of(name: str, root: Path) -> str:
     Raises:
         SystemExit: there is no such file, or it is none that has a table.
     """
-    path = root / name
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if "schema_version" in found:
-            return table(Run.load(path))
-        return cpu_attention(found["keep"])
-    except (OSError, json.JSONDecodeError, RecordError, KeyError, TypeError) as error:
+        return table(Run.load(root / name))
+    except RecordError as error:
         sys.exit(f"{name}: expected a record of `fpsc bench`: {error}")
 
 

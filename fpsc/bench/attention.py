@@ -10,18 +10,10 @@ import torch
 from torch import Tensor
 
 from fpsc.bench import allowed
+from fpsc.bench.admission import admitted, first_line, left
 from fpsc.bench.environment import load, now, state
 from fpsc.bench.measure import Effort, clock_for, gate, relative_rms, take_turns
-from fpsc.bench.op import (
-    Absent,
-    Contender,
-    Shape,
-    SparseOp,
-    contenders,
-    expected,
-    first_line,
-    random_qkv,
-)
+from fpsc.bench.op import Contender, Shape, SparseOp, contenders, expected, random_qkv
 from fpsc.bench.policies import constant, identity
 from fpsc.bench.progress import Tell, quiet
 from fpsc.bench.record import Case, Gate, Result, Role, Status, Times, compared, rounded
@@ -37,18 +29,13 @@ def measure(case: Sized, machine: Machine, effort: Effort, tell: Tell = quiet) -
     results: dict[str, Result] = {}
     works = {}
     tell("building")
-    for contender in contenders(shape, case.spec.keeps, device, fp8=machine.fp8):
-        if isinstance(contender, Absent):
-            results[contender.name] = _left(contender, Status.absent, contender.reason)
-            continue
-        if left_out(contender, case):
-            results[contender.name] = _left(contender, Status.skipped, LEFT_OUT)
-            continue
+    field = contenders(shape, case.spec.keeps, device, fp8=machine.fp8)
+    for contender in admitted(field, case, results):
         tell(f"checking {contender.name}")
         try:
             result, work = trial.check(contender)
         except Exception as error:  # one that fails is a finding
-            results[contender.name] = _left(contender, Status.failed, first_line(error))
+            results[contender.name] = left(contender, Status.failed, first_line(error))
             continue
         results[contender.name] = result
         if result.status is Status.measured:
@@ -81,20 +68,6 @@ def measure(case: Sized, machine: Machine, effort: Effort, tell: Tell = quiet) -
             "q, k and v are random: what skipping costs on them says nothing of a model's inputs",
         ),
     )
-
-
-LEFT_OUT = "this case leaves it out, to be short"
-
-
-def left_out(contender: Contender, case: Sized) -> bool:
-    """Whether a case asks for others alone; ours always take part."""
-    if case.spec.contenders and contender.role is not Role.fpsattn:
-        return contender.name not in case.spec.contenders
-    return contender.name.startswith("gather") and not case.spec.gather
-
-
-def _left(contender: Contender | Absent, status: Status, reason: str) -> Result:
-    return Result(name=contender.name, role=contender.role, status=status, reason=reason)
 
 
 class Trial:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from fpsc.bench import allowed
+from fpsc.bench.admission import first_line
 from fpsc.bench.contenders import policy_of
 from fpsc.bench.environment import load, now, state
 from fpsc.bench.measure import Effort, relative_rms
-from fpsc.bench.op import first_line
 from fpsc.bench.progress import Tell, quiet
 from fpsc.bench.record import Case, Gate, Problem, Result, Role, Status, Times, compared, rounded
 from fpsc.bench.subject import Machine, Sized

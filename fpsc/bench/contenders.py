@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import fpsc
+from fpsc.bench.admission import Absent, first_line
 from fpsc.bench.environment import version
-from fpsc.bench.op import Absent, first_line
 from fpsc.bench.policies import constant
 from fpsc.bench.record import Role
 from fpsc.bench.subject import Machine

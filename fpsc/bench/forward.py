@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fpsc
 from fpsc.bench import allowed
+from fpsc.bench.admission import Absent, admitted, first_line, left
 from fpsc.bench.cases import smaller
 from fpsc.bench.contenders import (
     EAGER,
@@ -25,7 +26,6 @@ from fpsc.bench.contenders import (
 )
 from fpsc.bench.environment import load, now, state
 from fpsc.bench.measure import Effort, clock_for, gate, relative_rms, take_turns
-from fpsc.bench.op import Absent, first_line
 from fpsc.bench.policies import constant, identity
 from fpsc.bench.profile import peak, split
 from fpsc.bench.progress import Tell, quiet
@@ -171,14 +171,6 @@ def _arguments(module: nn.Module) -> Iterable[str]:
 
 # ---- entering the race
 
-LEFT_OUT = "this case leaves it out, to be short"
-
-
-def left_out(contender: Contender, case: Sized) -> bool:
-    """Whether a case asks for others alone; ours always take part."""
-    wanted = case.spec.contenders
-    return bool(wanted) and contender.role is not Role.fpsattn and contender.name not in wanted
-
 
 def enter(
     case: Sized,
@@ -194,7 +186,9 @@ def enter(
     green: gates by the name of the cells they are for. A contender with a policy of several phases
     enters once for each.
     """
-    p, entered, results = case.problem, {}, {}
+    p = case.problem
+    entered: dict[str, Entrant] = {}
+    results: dict[str, Result] = {}
     expected: dict[float | None, Tensor] = {}
 
     def dense(noise: float | None) -> Tensor:
@@ -202,29 +196,20 @@ def enter(
             expected[noise] = call(given.model, at(given, noise)).detach().clone()
         return expected[noise]
 
-    for contender in contenders(
-        machine,
-        case.spec.keeps,
-        () if grid is not None else case.spec.policies,  # a block does not see the noise level
-        tokens=p.tokens,
-        heads=p.heads,
-        grid=grid,
-    ):
-        if isinstance(contender, Absent):
-            results[contender.name] = _left(contender, Status.absent, contender.reason)
-            continue
-        if left_out(contender, case):
-            results[contender.name] = _left(contender, Status.skipped, LEFT_OUT)
-            continue
+    policies = () if grid is not None else case.spec.policies  # a block sees no noise level
+    field = contenders(
+        machine, case.spec.keeps, policies, tokens=p.tokens, heads=p.heads, grid=grid
+    )
+    for contender in admitted(field, case, results):
         tell(f"compiling {contender.name}")
         try:
             first = prepared(contender, given, call)
         except Exception as error:  # one that fails is a finding
-            results[contender.name] = _left(contender, Status.failed, first_line(error))
+            results[contender.name] = left(contender, Status.failed, first_line(error))
             continue
         why = not_replaced(contender, first.reports)
         if why:
-            results[contender.name] = _left(contender, Status.wrong, why)
+            results[contender.name] = left(contender, Status.wrong, why)
             continue
         for name, noise, visited in phases(contender, case, machine):
             there = at(given, noise)
@@ -350,10 +335,6 @@ def at(given: Subject, noise: float | None) -> Subject:
     timestep = given.inputs["timestep"]
     value = torch.full_like(timestep, timestep_for(given.model, noise))
     return Subject(given.model, {**given.inputs, "timestep": value})
-
-
-def _left(contender: Contender | Absent, status: Status, reason: str) -> Result:
-    return Result(name=contender.name, role=contender.role, status=status, reason=reason)
 
 
 def _add_fp8_errors(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from fpsc.bench.admission import Absent, first_line
 from fpsc.bench.policies import constant
 from fpsc.bench.record import Role
 from fpsc.grid import BLOCK, Layout, layout
@@ -283,15 +284,6 @@ def fpsattn(op: SparseOp, keep: float, suffix: str = "") -> Contender:
 # ---- all of them
 
 
-@dataclass(frozen=True)
-class Absent:
-    """A contender that cannot take part, and why."""
-
-    name: str
-    role: Role
-    reason: str
-
-
 Maker = tuple[str, Role, Callable[[], Contender]]
 
 
@@ -357,8 +349,3 @@ def _backend(name: str, shape: Shape, device: torch.device) -> Contender:
             why = [text for text in said if "not used because" not in text]
             raise ValueError(why[-1] if why else first_line(error)) from error
     return contender
-
-
-def first_line(error: object) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

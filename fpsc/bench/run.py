@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from fpsc.bench import attention, compiling, forward, sampling
+from fpsc.bench.admission import first_line
 from fpsc.bench.cases import Spec
 from fpsc.bench.contenders import policy_of
 from fpsc.bench.environment import environment, now
 from fpsc.bench.fits import break_evens, fits_of
 from fpsc.bench.measure import Effort
-from fpsc.bench.op import first_line
 from fpsc.bench.progress import Tell, quiet
 from fpsc.bench.record import Case, Level, RecordError, Run, Status
 from fpsc.bench.subject import Machine, Sized, check_memory, sized
