@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fpsc.bench.markdown import markdown, table
+from fpsc.bench.record import Fit, Point, Role, Split
 from fpsc.cli import app
 from tests.bench.command import python
-from tests.bench.records import case, problem, run
+from tests.bench.records import case, problem, result, run
 
 MARKED = "before\n<!-- table: run.json -->\n{}<!-- end of table -->\nafter\n"
 
@@ -29,6 +30,29 @@ def test_a_row_for_each_result_of_fpsattn() -> None:
         "| a (reduced) | fpsattn keep 0.25 | 250 ms | 4.00× of Inductor | 6.00× | 2.0e-02 |"
     )
     assert "| b | fpsattn keep 0.25 | 1.25 s | 0.80× of Inductor | 1.20× |" in lines[3]
+
+
+def test_where_the_time_goes_and_how_cost_grows_stand_below() -> None:
+    split = Split(attention=0.3, linear=0.15, rest=0.05)
+    fast = result("fpsattn keep 0.25", [0.25] * 5, Role.fpsattn, split=split)
+    points = tuple(Point(x=x, seconds=x / 10, case="a") for x in (1.0, 2.0, 4.0))
+    fit = Fit(
+        axis="tokens",
+        contender="fpsattn",
+        points=points,
+        exponent=1.5,
+        exponent_range=(1.4, 1.6),
+        factor=0.1,
+        overhead=0.002,
+        r2=1.0,
+    )
+    found = run([case("a", results=[fast])]).model_copy(update={"fits": (fit,)})
+    speeds, splits, fits = table(found).split("\n\n")
+    assert speeds.startswith("| case |")
+    assert splits.splitlines()[2] == (
+        "| fpsattn keep 0.25 | 300 ms, 60% | 150 ms, 30% | 50.0 ms, 10% | 2.50× |"
+    )
+    assert fits.splitlines()[2] == "| tokens | fpsattn | 1.50 | 1.40 to 1.60 | 2.00 ms |"
 
 
 def test_a_bar_in_a_name_is_no_column() -> None:
