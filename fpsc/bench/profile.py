@@ -39,6 +39,8 @@ _LINEAR = (
 TOP = 12
 NAME = 120
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile writes two lines to the terminal
+
 
 def kind_of(name: str, shapes: Any = ()) -> str:
     """What an op is. shapes: of its inputs; an attention over another sequence is the rest."""
