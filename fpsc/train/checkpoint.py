@@ -6,8 +6,8 @@
         optimiser.safetensors   "NAME/STATE" of every tensor of the optimiser's state
         state.json              version, step, seconds, configuration, class of the model
 
-A folder is written under a temporary name, flushed to the disk and renamed. Then the oldest ones go.
-Tensors are whole: a run can go on with another number of processes.
+A folder is written under a temporary name, flushed to the disk and renamed. Then the oldest ones
+go. Tensors are whole: a run can go on with another number of processes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a run writes down as it goes: `log.jsonl`, and the same for tensorboard.
 
-One JSON object a line: `{"step": 12, "loss": ...}` of a training step, `{"step": 200, "validation":
-{...}}` of a validation. A run that goes on from a checkpoint first drops what came after it, so that
-the file is the same as if nothing had stopped.
+One JSON object a line: `{"step": 12, "loss": ...}` of a training step, `{"step": 200,
+"validation": {...}}` of a validation. A run that goes on from a checkpoint first drops what came
+after it, so that the file is the same as if nothing had stopped.
 """
 
 from __future__ import annotations

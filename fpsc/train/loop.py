@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,8 +136,8 @@ class Trainer:
         if optimiser.batch % parts:
             raise self.config.error(
                 ("optimiser", "batch"),
-                f"{optimiser.batch} clips in a step do not divide into {optimiser.accumulate} parts "
-                f"of {self.processes.count} processes",
+                f"{optimiser.batch} clips in a step do not divide into {optimiser.accumulate} "
+                f"parts of {self.processes.count} processes",
             )
         return optimiser.batch // parts
 
@@ -146,8 +146,8 @@ class Trainer:
         if not trains(self.policy, grid):
             raise self.config.error(
                 ("policy",),
-                f"{self.policy.name} is dense in the input's dtype at every noise level, so there is "
-                "nothing to train for; choose one with a sparse or fp8 mode",
+                f"{self.policy.name} is dense in the input's dtype at every noise level, so there "
+                "is nothing to train for; choose one with a sparse or fp8 mode",
             )
         tokens = math.prod(grid)
         if tokens < self.policy.limits.min_tokens:
@@ -212,7 +212,7 @@ class Trainer:
                     self.checkpoints.save(self.subject, self.average, self.optimiser, self.progress)
         return self._finish() if self.progress.step >= steps else None
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch]:
         parts = self.config.spec.optimiser.accumulate
         return prefetched(
             self._order,
@@ -314,8 +314,8 @@ class Trainer:
         last = self.checkpoints.found()[-1:]
         kept = f"{last[0]} is the last good checkpoint" if last else "there is no checkpoint yet"
         return (
-            f"{what} at {explain(self.subject, noisy, step)}. {kept}; nothing of this step was kept. "
-            "A lower optimiser.lr, a longer warmup or precision: fp32 may help"
+            f"{what} at {explain(self.subject, noisy, step)}. {kept}; nothing of this step was "
+            "kept. A lower optimiser.lr, a longer warmup or precision: fp32 may help"
         )
 
     # ---- what it tells

@@ -26,6 +26,13 @@ from fpsc.train.data import Batch
 Prediction = Literal["velocity", "sample", "v"]
 Convention = Literal["flow", "reversed", "unit"]
 
+CONVENTIONS: dict[str | None, Convention] = {
+    "flow": "flow",
+    "reversed": "reversed",
+    "unit": "unit",
+}
+"""Those of `fpsc.kernels.rows` that there is an objective for."""
+
 TIMESTEPS = 1000
 """Of a schedule, as `fpsc.kernels.rows` counts them."""
 
@@ -246,13 +253,14 @@ def build(
     """
     spec = loaded.spec.objective
     counted = convention if spec.timestep == "auto" else spec.timestep
-    if counted not in ("flow", "reversed", "unit"):
+    if counted not in CONVENTIONS:
         found = f"{counted}, which has no objective here" if counted else "no known family"
         raise loaded.error(
             ("objective", "timestep"),
             f"the model counts time by {found}: expected flow, reversed or unit; where it is one "
             "of them, say which",
         )
+    known: Convention = CONVENTIONS[counted]
     prediction = spec.prediction
     if prediction == "auto":
         prediction = _predicted(loaded, scheduler)
@@ -264,9 +272,9 @@ def build(
                 "v needs the variance preserving schedule of a scheduler beside the model; name "
                 "the folder of its pipeline as model",
             )
-        return Objective(spec, loaded.spec.seed, "v", counted, Preserving(alphas))
-    path = Straight(reversed=counted == "reversed")
-    return Objective(spec, loaded.spec.seed, prediction, counted, path)
+        return Objective(spec, loaded.spec.seed, "v", known, Preserving(alphas))
+    path = Straight(reversed=known == "reversed")
+    return Objective(spec, loaded.spec.seed, prediction, known, path)
 
 
 def _predicted(loaded: config.Config, scheduler: Mapping[str, Any] | None) -> Prediction:
@@ -292,8 +300,8 @@ def _alphas(scheduler: Mapping[str, Any] | None) -> Tensor | None:
     """float [TIMESTEPS]: `alphas_cumprod` of a scheduler of diffusers."""
     import diffusers
 
-    kind = getattr(diffusers, str((scheduler or {}).get("_class_name")), None)
-    if kind is None or not isinstance(kind, type):
+    kind: Any = getattr(diffusers, str((scheduler or {}).get("_class_name")), None)
+    if not isinstance(kind, type) or not hasattr(kind, "from_config"):
         return None
     return getattr(kind.from_config(dict(scheduler or {})), "alphas_cumprod", None)
 

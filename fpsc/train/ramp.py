@@ -52,7 +52,7 @@ class Ramp:
     @cached_property
     def dense(self) -> Policy:
         """All tiles in the input's dtype, at every noise."""
-        return self._with({name: DECLARED["declares-bf16"] for name in self._policy.modes})
+        return self._with(dict.fromkeys(self._policy.modes, DECLARED["declares-bf16"]))
 
     def stage(self, step: int) -> tuple[int, bool]:
         """How far a step is: keep in `STAGES` parts of its way, and whether fp8 has begun."""

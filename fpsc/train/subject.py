@@ -105,7 +105,7 @@ class Subject:
         if "height" in argument_names(self.model):
             raise config.error(
                 ("model",),
-                f"{self.source.spec.class_name} takes its latents packed as tokens, which fpsc "
+                f"{self.name} takes its latents packed as tokens, which fpsc "
                 "train does not make; train it with a loop of your own (docs/training.md)",
             )
         if config.spec.method == "lora":
@@ -132,7 +132,7 @@ class Subject:
             try:
                 model.enable_gradient_checkpointing()
             except ValueError:
-                message = f"{source.spec.class_name} has no gradient checkpointing; set it to false"
+                message = f"{self.name} has no gradient checkpointing; set it to false"
                 raise self.config.error(("checkpointing",), message) from None
         return model.eval()
 
@@ -145,7 +145,7 @@ class Subject:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise self.config.error(
                     ("lora", "targets", index),
-                    f'no module of {self.source.spec.class_name} has a name that ends with "{target}"',
+                    f'no module of {self.name} has a name that ends with "{target}"',
                 )
         torch.manual_seed(self.config.spec.seed)  # the first matrices are drawn
         adapter = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.targets))
@@ -153,6 +153,11 @@ class Subject:
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+    @property
+    def name(self) -> str:
+        """The class of the model."""
+        return self.source.spec.class_name
 
     @cached_property
     def blocks(self) -> list[nn.Module]:
@@ -171,13 +176,13 @@ class Subject:
         found = latents.shape[2 if self._frames_first else 1]
         if expected is not None and expected != found:
             raise UserError(
-                f"{self.source.spec.class_name} takes latents of {expected} channels, and the clips "
+                f"{self.name} takes latents of {expected} channels, and the clips "
                 f"have {found}; they were encoded for another model"
             )
         grids = latent_grids(self.model, latents.shape)
         if not grids:
             raise UserError(
-                f"{self.source.spec.class_name} takes no latents of {list(latents.shape)}"
+                f"{self.name} takes no latents of {list(latents.shape)}"
             )
         return grids[0]
 
@@ -208,7 +213,7 @@ class Subject:
         if not any(site.replaced for site in sites):
             found = "; ".join(dict.fromkeys(f"{s.name} ({s.role}): {s.reason}" for s in sites))
             raise UserError(
-                f"no video self-attention was found in {self.source.spec.class_name}, so there is "
+                f"no video self-attention was found in {self.name}, so there is "
                 f"nothing to train for; `fpsc inspect` shows what is in it. {found}".strip()
             )
 
@@ -251,7 +256,7 @@ class Subject:
         for name in noisy.conditioning:
             if name not in known:
                 raise UserError(
-                    f"{noisy.batch.keys[0]}: {self.source.spec.class_name} takes no argument {name!r}; "
+                    f"{noisy.batch.keys[0]}: {self.name} takes no argument {name!r}; "
                     f"the clips were encoded for another model (it takes {', '.join(known)})"
                 )
 

@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fpsc.errors import UserError
+from fpsc.train.data.demo import Demo
 from fpsc.train.data.sample import Source
+from fpsc.train.data.shards import check_names, open_shards
 
 DEMO = "demo"
 """The name of the synthetic clips."""
@@ -53,18 +55,15 @@ def open_source(
     """
     data = _section(spec)
     place = data.validation if held_out else data.train
+    base = base or Path()
+    if data.leave_out:
+        encoded = [each for each in (data.train, data.validation) if each != DEMO]
+        check_names(data.leave_out, encoded, base)
     if place == DEMO:
-        from fpsc.train.data.demo import Demo
-
         return Demo(held_out=held_out)
-    from fpsc.train.data.shards import open_shards
-
+    shared = isinstance(spec, Data | Mapping) and data.train == data.validation
     return open_shards(
-        place,
-        held_out=held_out,
-        shared=data.train == data.validation,
-        leave_out=data.leave_out,
-        base=base or Path(),
+        place, held_out=held_out, shared=shared, leave_out=data.leave_out, base=base
     )
 
 
