@@ -174,7 +174,7 @@ class Trainer:
     def _ready(self, noisy: Noisy) -> None:
         """Compile and spread the model, and run it once: it is then known what is replaced."""
         before = len(fpsc.reports())
-        self.subject.compile(self.ramp.target)
+        self.subject.compile(self.ramp.target, noisy.latents)
         self.subject.spread()
         mesh = self.processes.mesh()
         if self.teacher is not None and mesh is not None:
