@@ -36,6 +36,10 @@ from fpsc.train.sharding import shard
 ADAPTER = "default"
 """The name of the adapter of `method: lora`, as diffusers calls the first one."""
 
+NO_SILENCE: dict[str, Any] = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+"""Clips of many shapes are compiled one by one; past the limit Dynamo would run blocks eagerly,
+which is dense, without a word."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -235,7 +239,7 @@ class Subject:
                 f"{noisy.batch.keys[0]}: expected latents of {list(self._only or ())}, as those of "
                 f"the first clip, found {list(size)}; {self.name} takes clips of one size in a run"
             )
-        with self.autocast():
+        with self.autocast(), torch._dynamo.config.patch(**NO_SILENCE):
             out: Tensor = self.model(
                 hidden_states=self._arrangement.given(noisy.latents),
                 timestep=noisy.timestep,
