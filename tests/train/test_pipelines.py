@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fpsc.grid import TokenGrid
 from fpsc.models.build import find_model
 from fpsc.policy import Policy
 from fpsc.train.arrangement import FramesFirst, Packed
-from fpsc.grid import TokenGrid
 from fpsc.train.config import from_value
 from fpsc.train.data.clips import Size
 from fpsc.train.data.encode import PipelineEncoder
