@@ -22,6 +22,7 @@ SOURCES = {"fpsc": "fpsc", "passes": "fpsc/passes", "kernels": "fpsc/kernels"}  
 DATA = (
     *("fpsc/py.typed", "fpsc/policy/presets/*.yaml", "fpsc/policy/*.json"),
     *("fpsc/demo/weights/*", "fpsc/pages/*.html", "fpsc/pages/*.css"),
+    *("fpsc/train/recipes/*.yaml", "fpsc/train/*.json"),
 )
 BUILD_FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 
@@ -147,7 +148,7 @@ def test_every_import_is_a_declared_dependency(source: Path) -> None:
     assert needed <= declared | extra
     assert extra <= needed
     # Inductor compiles with the first; diffusers reads weights with the other two.
-    assert declared - needed <= {"triton", "safetensors", "accelerate"}
+    assert declared - needed <= {"triton"}
 
 
 # Where each module comes from, without running it (its parents run).
