@@ -19,6 +19,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Set
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,21 +29,11 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: E402
 from rich.progress import TaskID, TimeElapsedColumn  # noqa: E402
 
-from bench.tuning.record import Record, RecordError  # noqa: E402
+from bench.tuning.record import RecordError  # noqa: E402
 from bench.tuning.variants import Run, Scale, runs  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "joint"
 WORK = ROOT / "runs" / "joint"
-
-
-def done(run: Run, results: Path) -> bool:
-    """Whether a run has its record.
-
-    Raises:
-        RecordError: it has one that cannot be read.
-    """
-    path = results / f"{run.name}.json"
-    return path.is_file() and Record.load(path).name == run.name
 
 
 def carry_out(run: Run, scale: Scale, work: Path, results: Path) -> None:
@@ -72,13 +63,21 @@ def apart(names: list[str], work: Path, results: Path) -> int:
     return 0
 
 
+def done(results: Path) -> Set[str]:
+    """The runs that have their record."""
+    from bench.tuning.tables import Experiment
+
+    return Experiment.load(results).records.keys()
+
+
 def listed(plan: dict[str, Run], results: Path, as_json: bool) -> None:
-    state = {name: done(run, results) for name, run in plan.items()}
+    finished = done(results)
+    state = {name: name in finished for name in plan}
     if as_json:
         print(json.dumps({"runs": [{"name": n, "done": d} for n, d in state.items()]}, indent=1))
         return
-    for name, finished in state.items():
-        print(f"{'done' if finished else '-':5}{name:26}{plan[name].variant.title}")
+    for name, whole in state.items():
+        print(f"{'done' if whole else '-':5}{name:26}{plan[name].variant.title}")
 
 
 def write_page(scale: Scale, work: Path, results: Path, page: Path) -> None:
@@ -88,13 +87,13 @@ def write_page(scale: Scale, work: Path, results: Path, page: Path) -> None:
     from bench.tuning.tables import Experiment
     from fpsc.files import replacing
 
+    found = draw(Experiment.load(results), scale, work, page.parent / "pictures")
+    for name, drawn in found.items():
+        print(f"{'written' if drawn else 'not enough to draw'}: docs/pictures/{name}")
     text = written(page.read_text(encoding="utf-8"), ROOT, page.name)
     with replacing(page) as beside:
         beside.write_text(text, encoding="utf-8")
     print(f"written: {page.relative_to(ROOT)}")
-    found = draw(Experiment.load(results), scale, work, page.parent / "pictures")
-    for name, drawn in found.items():
-        print(f"{'written' if drawn else 'not enough to draw'}: docs/pictures/{name}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,7 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             return 0 if judge(Experiment.load(given.results), as_json=given.json) else 1
         elif given.all:
-            missing = [name for name, run in plan.items() if not done(run, given.results)]
+            finished = done(given.results)
+            missing = [name for name in plan if name not in finished]
             return apart(missing, given.work, given.results)
         else:
             unknown = [name for name in given.run if name not in plan]

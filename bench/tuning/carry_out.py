@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,7 @@ def carry_out(run: Run, scale: Scale, work: Path, tell: Tell) -> Record:
         name=run.name,
         variant=variant.name,
         seed=run.seed,
-        policy=variant.run,
-        v_scale=variant.v_scale,
+        settings=run.settings(scale),
         training=training,
         losses=losses,
         samples=samples,
@@ -113,7 +112,7 @@ def claim(run: Run, scale: Scale, work: Path) -> None:
         SettingsError: it is for something else.
     """
     path = work / run.name / "settings.json"
-    text = json.dumps({"run": asdict(run), "scale": asdict(scale)}, indent=1) + "\n"
+    text = json.dumps(run.settings(scale), indent=1) + "\n"
     if not path.is_file():
         with replacing(path) as beside:
             beside.write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.tuning.tables import LARGEST_GAP, Experiment, Spread
+from bench.tuning.tables import CLIPS, GAPS, LARGEST_GAP, Experiment, Spread, drawable
 from bench.tuning.variants import VARIANTS, Run, Scale
 from fpsc.evaluate.sampling import ClipSet
 from fpsc.policy.pictures import save
@@ -119,10 +119,7 @@ def sheet(scale: Scale, work: Path, path: Path, *, seed: int = 0, index: int = 0
 
 def draw(experiment: Experiment, scale: Scale, work: Path, folder: Path) -> Mapping[str, bool]:
     """Write the pictures of docs/joint.md, each with whether there was enough to draw it."""
-    enough = bool(experiment.of("untrained")) and bool(experiment.of("dense"))
+    enough = drawable(experiment)
     if enough:
-        save(gaps_figure(experiment), str(folder / "joint-gaps.png"))
-    return {
-        "joint-gaps.png": enough,
-        "joint-clips.png": sheet(scale, work, folder / "joint-clips.png"),
-    }
+        save(gaps_figure(experiment), str(folder / GAPS))
+    return {GAPS: enough, CLIPS: sheet(scale, work, folder / CLIPS)}

@@ -68,28 +68,25 @@ class Samples(_Model):
 
 
 class Training(_Model):
-    """How a variant was trained: the configuration and policy as `fpsc train` got them, and the
-    validation that it logged on its way, (step, dense loss, loss under the policy)."""
+    """What `fpsc train` found. curve: (step, dense loss, loss under the policy) of its own
+    validations, on fewer clips."""
 
-    config: dict[str, Any]
-    policy: dict[str, Any]
     steps: int
     seconds: float
     curve: tuple[tuple[int, float, float], ...]
 
 
 class Record(_Model):
-    """One run. policy: that it was validated and sampled with; v_scale: channel or tensor.
+    """One run.
 
-    seconds: of each part, training apart.
+    settings: `Run.settings`, all that the result depends on. seconds: of each part, training apart.
     """
 
     schema_version: int = SCHEMA
     name: str
     variant: str
     seed: int
-    policy: dict[str, Any]
-    v_scale: str
+    settings: dict[str, Any]
     training: Training | None
     losses: Losses
     samples: Samples
@@ -130,13 +127,3 @@ class Record(_Model):
 def rounded(table: Sequence[Sequence[float]], digits: int = 6) -> tuple[tuple[float, ...], ...]:
     """Significant digits of what is written."""
     return tuple(tuple(float(f"{value:.{digits}g}") for value in row) for row in table)
-
-
-def load_all(folder: Path) -> dict[str, Record]:
-    """The records of a folder by name.
-
-    Raises:
-        RecordError: one cannot be read.
-    """
-    records = [Record.load(path) for path in sorted(folder.glob("*.json"))]
-    return {record.name: record for record in records}

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.committed import Target
-from bench.tuning.record import Record, load_all
-from bench.tuning.variants import CONTROL, DENSE, VARIANTS, Variant
+from bench.tuning.record import Record, RecordError
+from bench.tuning.variants import CONTROL, DENSE, VARIANTS, Run, Scale, Variant, runs
 from fpsc.bench.markdown import NONE, markdown
 from fpsc.demo.model import FLOW_SHIFT, GRID
 from fpsc.grid import TokenGrid
@@ -23,6 +23,26 @@ from fpsc.policy.schema import Sampling
 
 LARGEST_GAP, SMALLEST_RATIO, LARGEST_KEEP, FEWEST_SEEDS = 0.02, 3.0, 0.25, 3
 JUDGED = "joint"
+PICTURES = Path(__file__).resolve().parents[2] / "docs" / "pictures"
+
+
+def recorded(run: Run, folder: Path, scale: Scale | None = None) -> Record | None:
+    """The record of a run, None where it has not been run.
+
+    Raises:
+        RecordError: it cannot be read, or was made with other settings.
+    """
+    path = folder / f"{run.name}.json"
+    if not path.is_file():
+        return None
+    record, expected = Record.load(path), run.settings(scale or Scale())
+    for name, value in expected.items():
+        if record.settings.get(name) != value:
+            raise RecordError(
+                f"{path}: was made with another {name} than {run.name} has now: expected {value}, "
+                f"found {record.settings.get(name)}; delete it and run it again"
+            )
+    return record
 
 
 @dataclass(frozen=True)
@@ -48,9 +68,14 @@ class Experiment:
         self.records = records
 
     @classmethod
-    def load(cls, folder: Path) -> Experiment:
-        """Raises RecordError where one of the folder's records cannot be read."""
-        return cls(load_all(folder))
+    def load(cls, folder: Path, scale: Scale | None = None) -> Experiment:
+        """The records of a folder that belong together: of the variants as they are now.
+
+        Raises:
+            RecordError: one cannot be read, or was made with other settings.
+        """
+        plan = runs(scale or Scale())
+        return cls({name: found for name in plan if (found := recorded(plan[name], folder, scale))})
 
     def of(self, variant: str) -> list[Record]:
         """The runs of a variant, by seed."""
@@ -172,12 +197,31 @@ def levels_table(experiment: Experiment) -> str:
 
 
 def floor_words(experiment: Experiment) -> str:
-    """The dense model against itself, and the judge, as a table."""
-    floor = experiment.floor()
+    """The dense model against itself."""
+    floor, head = experiment.floor(), ("sets of the dense model", "distance between two of them")
     if not floor:
-        return markdown(("dense sets", "distance between two"), [(NONE, NONE)])
+        return markdown(head, [(NONE, NONE)])
     words = f"{statistics.fmean(floor):.4f} ({min(floor):.4f} to {max(floor):.4f})"
-    return markdown(("dense sets", "distance between two"), [(str(len(experiment.of(DENSE))), words)])
+    return markdown(head, [(str(len(experiment.of(DENSE))), words)])
+
+
+GAPS, CLIPS = "joint-gaps.png", "joint-clips.png"
+"""The pictures of docs/joint.md, in docs/pictures."""
+
+
+def drawable(experiment: Experiment) -> bool:
+    """Whether there is enough for a picture of the gaps."""
+    return experiment.gaps("untrained") is not None
+
+
+def pictures_words(experiment: Experiment) -> str:
+    """The pictures that have been drawn."""
+    lines = {
+        GAPS: "The loss gap of each variant, and of the paper's order by noise level",
+        CLIPS: "A clip of each variant from the same noise",
+    }
+    there = [name for name in lines if (PICTURES / name).is_file()] if drawable(experiment) else []
+    return "\n".join(f"![{lines[name]}](pictures/{name})\n" for name in there)
 
 
 PARTS: dict[str, Callable[[Experiment], str]] = {
@@ -185,6 +229,7 @@ PARTS: dict[str, Callable[[Experiment], str]] = {
     "ablations": lambda experiment: variants_table(experiment, ablation=True),
     "levels": levels_table,
     "floor": floor_words,
+    "pictures": pictures_words,
 }
 """The tables of docs/joint.md, by the name after the folder's in their marker."""
 

@@ -41,8 +41,6 @@ def train(
         (each["step"], each["dense_mean"], each["sparse_mean"]) for each in found["validations"]
     ]
     training = Training(
-        config=scale.training | {"seed": run.seed, "baseline": run.variant.baseline},
-        policy=policy,
         steps=found["steps"],
         seconds=found["seconds"],
         curve=tuple((int(step), dense, sparse) for step, dense, sparse in rounded(curve)),

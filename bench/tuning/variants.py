@@ -6,8 +6,9 @@ timesteps, for as many steps, and sample from the same noise.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 Document = dict[str, Any]
@@ -199,6 +200,14 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.variant.name}-s{self.seed}"
+
+    def settings(self, scale: Scale) -> Document:
+        """Everything that its result depends on, as plain JSON. More seeds change no run."""
+        variant, how = asdict(self.variant), asdict(scale)
+        told = {key: variant[key] for key in ("train", "run", "v_scale", "baseline")}
+        del how["seeds"]
+        found: Document = json.loads(json.dumps({"seed": self.seed, **told, "scale": how}))
+        return found
 
 
 def runs(scale: Scale) -> dict[str, Run]:

@@ -43,7 +43,7 @@ def answers_of(scene: Scene) -> Tensor:
 
 
 class Judge(nn.Module):
-    """3D convolutions over the whole clip, pooled over all places: 212 thousand parameters."""
+    """3D convolutions over the whole clip, pooled over all places: 221 thousand parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Judge(nn.Module):
         )
         # Normalised without a weight: every feature counts alike in a distance.
         self.features = nn.Sequential(
-            nn.Linear(64, FEATURES, bias=False), nn.BatchNorm1d(FEATURES, affine=False), nn.ReLU()
+            nn.Linear(2 * 64, FEATURES, bias=False), nn.BatchNorm1d(FEATURES, affine=False), nn.ReLU()
         )
         self.answers = nn.Linear(FEATURES, sum(map(len, QUESTIONS.values())))
 
@@ -74,7 +74,9 @@ class Judge(nn.Module):
         Returns:
             float32 [B, FEATURES], and for every question logits [B, words].
         """
-        pooled = self.body(clips_BCFHW).mean((2, 3, 4))
+        seen = self.body(clips_BCFHW)
+        # The maximum too: a corner is in one place.
+        pooled = torch.cat([seen.mean((2, 3, 4)), seen.amax((2, 3, 4))], dim=1)
         features = self.features(pooled)
         return features, list(self.answers(features).split(list(map(len, QUESTIONS.values())), 1))
 
