@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -71,6 +71,20 @@ def compile(  # as torch calls it
         # What `nn.Module.compile` sets, and what calling the module looks for.
         target._compiled_call_impl = _flagged(compiled, None if blocks else target)
     return model
+
+
+def compile_forwards(modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
+    """Compile the `forward` of modules in place, and leave their hooks outside of what is compiled.
+
+    For hooks that cannot be traced, as those with which FSDP2 gathers parameters. `del
+    module.forward` takes it back.
+
+    Args:
+        options: as for `compile`.
+    """
+    for module in modules:
+        compiled = torch.compile(module.forward, backend=fpsattn, options={**options})
+        module.forward = _flagged(compiled, None)  # type: ignore[method-assign]
 
 
 def _check_module(model: object) -> None:

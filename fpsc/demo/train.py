@@ -9,11 +9,9 @@ on exactly where it was. Runs on two CPU cores; no GPU is used.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +42,7 @@ from fpsc.demo.model import (
     save_model,
     with_places,
 )
+from fpsc.train.memory import keep_memory
 
 # Seeds of clips: training counts up from 0, validation from here.
 HELD_OUT = 2**31
@@ -368,7 +367,7 @@ def train(
         The weights folder, or None if it stopped before the end.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _keep_memory()
+    keep_memory()
     torch.set_num_threads(1)  # of the optimisers; the workers have a thread each
     checkpoint = out / "checkpoint.pt"
     trainer = Trainer(recipe)
@@ -436,15 +435,6 @@ def finish(trainer: Trainer, out: Path) -> Path:
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(temporary, folder / "validation.json")
     return folder
-
-
-def _keep_memory() -> None:
-    """Have glibc keep freed memory: page faults on fresh activations cost more than the sums."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: the arenas of other threads always give memory back
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def main(

@@ -56,14 +56,11 @@ def find_model(model: str, config: str | None = None) -> ModelSpec:
     return _from_hub(model)
 
 
-def build(spec: ModelSpec, dtype: torch.dtype) -> torch.nn.Module:
-    """Build the model on the meta device: shapes and dtypes only, whatever its size.
-
-    Floating-point weights get `dtype`, except those that the class keeps in float32 when it
-    loads them (`_keep_in_fp32_modules`). The model is in eval mode, without gradients.
+def class_of(spec: ModelSpec) -> Any:
+    """The class of a model.
 
     Raises:
-        UserError: diffusers has no such class, or the class does not accept the configuration.
+        UserError: diffusers has no such class.
     """
     import diffusers
 
@@ -76,6 +73,19 @@ def build(spec: ModelSpec, dtype: torch.dtype) -> torch.nn.Module:
         raise UserError(
             f"diffusers {diffusers.__version__} has no model class {spec.class_name}{hint}"
         )
+    return model_class
+
+
+def build(spec: ModelSpec, dtype: torch.dtype) -> torch.nn.Module:
+    """Build the model on the meta device: shapes and dtypes only, whatever its size.
+
+    Floating-point weights get `dtype`, except those that the class keeps in float32 when it
+    loads them (`_keep_in_fp32_modules`). The model is in eval mode, without gradients.
+
+    Raises:
+        UserError: diffusers has no such class, or the class does not accept the configuration.
+    """
+    model_class = class_of(spec)
     values = {key: value for key, value in spec.config.items() if not key.startswith("_")}
     known = set(model_class._get_init_keys(model_class))
     unknown = sorted(set(values) - known)

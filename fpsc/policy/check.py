@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
-
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from .axis import AXES, Axis, axis_of, in_noise, noise_range, range_of, step_range
 from .document import Document, Path_
-from .errors import PolicyError, Problem, either, listed, nearest, shown
+from .errors import PolicyError, either, listed, nearest, shown
+from .fields import validated
 from .schema import ROWS, Mode, Phase, PolicySpec, Rule, Sampling, component_spec, edges
 from .values import PercentRange, StepRange
 
@@ -22,66 +19,11 @@ def validate(document: Document) -> PolicySpec:
     Raises:
         PolicyError: every problem that was found, each with its place.
     """
-    try:
-        spec = PolicySpec.model_validate(document.value)
-    except ValidationError as e:
-        problems = [_problem(document, dict(error)) for error in e.errors()]
-        raise PolicyError(document.file, problems) from None
+    spec = validated(document, PolicySpec)
     problems = [document.problem(*p) for p in _conflicts(spec)]
     if problems:
         raise PolicyError(document.file, problems)
     return in_noise(spec)
-
-
-def _problem(document: Document, error: dict[str, Any]) -> Problem:
-    path: Path_ = error["loc"]
-    model, field, here = _declared(path)
-    keys = [f.alias or name for name, f in model.model_fields.items()]
-    last = path[-1] if path else ""
-    match error["type"]:
-        case "extra_forbidden":
-            message = f'unknown key "{last}"{nearest(last, keys)} (valid: {listed(keys)})'
-            return document.problem(path[:-1], message, at=path)
-        case "missing":
-            message = f'"{last}" is missing: expected {field.description}'
-            return document.problem(path[:-1], message)
-        case "value_error":
-            return document.problem(path, str(error["ctx"]["error"]))
-    expected, found = field.description, error["input"]
-    if _is_model(here):
-        expected = "a mapping with " + listed(f.alias or n for n, f in here.model_fields.items())
-    choices = [c for c in get_args(here) if isinstance(c, str)]
-    guess = nearest(found, choices) if isinstance(found, str) else ""
-    message = f"expected {expected}, found {shown(found)}{guess}"
-    # Where nothing stands, YAML's position is that of the next thing: point at the key.
-    return document.problem(path, message, at=path if found is None else None)
-
-
-def _declared(path: Path_) -> tuple[type[BaseModel], Any, Any]:
-    """For a place: the model around it, the field that declares it, and what stands there."""
-    model: type[BaseModel] = PolicySpec
-    field: Any = None
-    here: Any = PolicySpec
-    for step in path:
-        if _is_model(here):
-            model = here
-            fields = {f.alias or name: f for name, f in model.model_fields.items()}
-            if step not in fields:
-                break
-            field = fields[str(step)]
-            here = field.annotation
-            if type(None) in get_args(here):
-                here = next(a for a in get_args(here) if a is not type(None))
-            if hasattr(here, "__metadata__"):  # a type that several fields share
-                field = next((m for m in here.__metadata__ if isinstance(m, FieldInfo)), field)
-                here = here.__origin__
-        else:  # an item of a list or of a mapping
-            here = get_args(here)[-1] if get_args(here) else Any
-    return model, field, here
-
-
-def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 Conflict = tuple[Path_, str]

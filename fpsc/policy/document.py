@@ -39,6 +39,9 @@ MAX_BYTES = 256 * 1024
 MAX_DEPTH = 16
 """Deepest nesting that is read; the format needs 5."""
 
+FIRST = "fpsc: 1"
+"""How a policy starts."""
+
 Path_ = tuple[str | int, ...]
 """Keys and list indices from the top of the document to a value."""
 
@@ -110,15 +113,18 @@ def _depth(tree: Any, path: Path_) -> int:
     return len(path)
 
 
-def read(source: str | os.PathLike[str]) -> Document:
-    """Reads a policy: the text itself where it holds a line break, else a file's path.
+def read(source: str | os.PathLike[str], first: str = FIRST) -> Document:
+    """Reads a document: the text itself where it holds a line break, else a file's path.
+
+    Args:
+        first: the line that such a document starts with, for messages.
 
     Raises:
         PolicyError: the file cannot be read, is too large, or is not plain YAML with a mapping at
             the top; the message says where and what to do.
     """
     if isinstance(source, str) and "\n" in source:
-        return parse(source.encode(), "<policy>")
+        return parse(source.encode(), "<policy>", first=first)
     path = Path(source)
     try:
         with path.open("rb") as f:
@@ -126,11 +132,11 @@ def read(source: str | os.PathLike[str]) -> Document:
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         raise _error(str(path), f"cannot be read: {reason}") from None
-    return parse(data, str(path), path.parent)
+    return parse(data, str(path), path.parent, first)
 
 
-def parse(data: bytes, file: str, folder: Path | None = None) -> Document:
-    """Reads a policy from the bytes of a file that is called `file` in messages."""
+def parse(data: bytes, file: str, folder: Path | None = None, first: str = FIRST) -> Document:
+    """Reads a document from the bytes of a file that is called `file` in messages."""
     if len(data) > MAX_BYTES:
         raise _error(file, f"larger than {MAX_BYTES // 1024} KiB; a policy is a few KiB of rules")
     try:
@@ -167,7 +173,7 @@ def parse(data: bytes, file: str, folder: Path | None = None) -> Document:
         raise _error(file, f"not YAML: {str(e).splitlines()[0]}") from None
     if not isinstance(tree, CommentedMap):
         found = shown(_plain(tree, file))
-        message = f'expected a mapping that starts with "fpsc: 1", found {found}'
+        message = f'expected a mapping that starts with "{first}", found {found}'
         raise _error(file, message, 1, 1)
     return Document(file, text, tree, _plain(tree, file), folder)
 
@@ -313,21 +319,21 @@ def _refuse_more_than_plain_yaml(text: str, file: str) -> None:
         problem = None
         match event:
             case AliasEvent():
-                problem = "aliases are not used in a policy; write the value out"
+                problem = "aliases are not used here; write the value out"
             case NodeEvent(anchor=str()):
-                problem = "anchors are not used in a policy; write the value out"
+                problem = "anchors are not used here; write the value out"
             case DocumentStartEvent():
                 documents += 1
                 if documents > 1:
                     problem = 'a second document; a policy is one, so remove the "---"'
                 elif event.version or event.tags:
-                    problem = "directives are not used in a policy; remove the line with %"
+                    problem = "directives are not used here; remove the line with %"
             case ScalarEvent(value="<<", style=None):
-                problem = "merge keys are not used in a policy; write the keys out"
+                problem = "merge keys are not used here; write the keys out"
             case ScalarEvent() | CollectionStartEvent():
                 depth += isinstance(event, CollectionStartEvent)
                 if event.ctag is not None and str(event.ctag) not in ("None", ""):
-                    problem = f"tag {event.ctag} is not used in a policy; remove it"
+                    problem = f"tag {event.ctag} is not used here; remove it"
                 elif depth > MAX_DEPTH:
                     problem = f"nested deeper than {MAX_DEPTH} levels"
             case CollectionEndEvent():

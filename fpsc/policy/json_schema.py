@@ -19,7 +19,7 @@ NEEDED = ["modes", "schedule"]
 
 def json_schema() -> dict[str, Any]:
     """The schema as plain values (JSON Schema, draft 2020-12)."""
-    schema = _tidy(PolicySpec.model_json_schema(by_alias=True))
+    schema = tidy(PolicySpec.model_json_schema(by_alias=True))
     schema["$defs"]["Phase"]["oneOf"] = ONE_AXIS
     # What a policy does not say may stand in the one that it imports.
     schema["required"] = [key for key in schema["required"] if key not in NEEDED]
@@ -36,18 +36,18 @@ def dumps() -> str:
     return json.dumps(json_schema(), indent=2) + "\n"
 
 
-def _tidy(node: Any) -> Any:
+def tidy(node: Any) -> Any:
     """A schema without titles made of keys, and without null, which no field takes."""
     if isinstance(node, list):
-        return [_tidy(item) for item in node]
+        return [tidy(item) for item in node]
     if not isinstance(node, dict):
         return node
     tidy = {
-        key: {name: _tidy(field) for name, field in value.items()}
+        key: {name: tidy(field) for name, field in value.items()}
         if key in ("properties", "$defs")
         else value
         if key in ("default", "enum", "const")
-        else _tidy(value)
+        else tidy(value)
         for key, value in node.items()
         if key != "title" or not isinstance(value, str)
     }

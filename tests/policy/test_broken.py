@@ -105,7 +105,7 @@ def test_an_alias_bomb_is_refused_before_it_grows() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
     assert message("\n".join(lines) + "\n") == [
-        "1:5: anchors are not used in a policy; write the value out"
+        "1:5: anchors are not used here; write the value out"
     ]
 
 

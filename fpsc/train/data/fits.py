@@ -45,6 +45,11 @@ def _check(sample: Sample, model: nn.Module) -> None:
         known = {"self", *_PER_STEP, *_OF_THE_SHAPE, *sample.conditioning}
         if needed and argument not in known:
             raise _unfit(sample, f"{name}.forward needs {argument}, which the sample has not")
+    if config.get("use_rotary_positional_embeddings") and "image_rotary_emb" in parameters:
+        raise UserError(
+            f"{name} is given its rotary embeddings by its pipeline (image_rotary_emb), which no "
+            "source of clips has. Train it with a loop of your own, which makes them"
+        )
     channels, *sizes = sample.latents.shape
     beside = 0 if sample.beside is None else len(sample.beside)
     steps = patch(config)

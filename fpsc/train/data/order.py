@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -175,7 +175,7 @@ def permuted(index: int, count: int, *key: int) -> int:
 
 def prefetched(
     order: Order, start: int, *, rank: int = 0, ranks: int = 1, size: int, ahead: int = 2
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The batches from step `start` on, without an end, read in a thread ahead of their use.
 
     An error is raised at the step that it belongs to. Closing the iterator ends the thread.

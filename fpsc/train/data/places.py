@@ -11,7 +11,7 @@ from fpsc.errors import UserError
 from fpsc.train.data.index import INDEX, SUFFIX
 
 HUB = "hf://"
-_HUB_PLACE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?((?:/[\w.-]+)*)/?")
+_HUB_PLACE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[\w.-]+)*)/?")
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 
 

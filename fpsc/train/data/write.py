@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,9 +60,10 @@ def writing(
         UserError: another process writes the folder, or it was written with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    held = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{folder}: another `fpsc encode` is writing there. Wait for its end, or choose "
@@ -72,7 +74,8 @@ def writing(
         writer = Writer(folder, encoded, common, size)
         yield writer
         writer.flush()
-    (folder / ".lock").unlink(missing_ok=True)
+    finally:
+        os.close(held)
 
 
 class Writer:
