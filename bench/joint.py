@@ -29,8 +29,9 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: E402
 from rich.progress import TaskID, TimeElapsedColumn  # noqa: E402
 
-from bench.tuning.record import RecordError  # noqa: E402
+from bench.tuning.record import RecordError, SettingsError  # noqa: E402
 from bench.tuning.variants import Run, Scale, runs  # noqa: E402
+from fpsc.errors import UserError  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "joint"
 WORK = ROOT / "runs" / "joint"
@@ -133,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
             if len(given.run) > 1:
                 return apart(given.run, given.work, given.results)
             carry_out(plan[given.run[0]], scale, given.work, given.results)
-    except RecordError as error:
+    except (RecordError, SettingsError, UserError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.tuning.record import Distance, Losses, Record, Samples, Training, rounded
+from bench.tuning.record import Distance, Losses, Record, Samples, SettingsError, rounded
 from bench.tuning.trainer import train
 from bench.tuning.v_scale import v_scale
 from bench.tuning.variants import DENSE, NOTHING, VARIANTS, Run, Scale
@@ -34,10 +34,6 @@ Tell = Callable[[str, int, int], None]
 """Called with (what is going on, how much of it is done, how much there is)."""
 
 Model = Callable[..., tuple[Tensor, ...]]
-
-
-class SettingsError(Exception):
-    """A run was begun with other settings. The message names the folder and what to do."""
 
 
 @dataclass

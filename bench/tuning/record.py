@@ -20,6 +20,10 @@ class RecordError(Exception):
     """A file is no record of this schema. The message names the file, the place and what to do."""
 
 
+class SettingsError(Exception):
+    """A run was begun with other settings. The message names the folder and what to do."""
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

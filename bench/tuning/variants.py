@@ -173,20 +173,21 @@ class Scale:
         default_factory=lambda: {
             "objective": {
                 "prediction": "sample", "levels": "uniform", "shift": 6.0, "floor": 0.1,
+                "no_prompt": 0.1,
             },
             "optimiser": {
-                "lr": 2e-4, "warmup": 20, "weight_decay": 1e-4, "clip": 1.0,
-                "steps": 400, "batch": 2,
+                "lr": 3e-4, "betas": [0.9, 0.98], "warmup": 20, "decay": "cosine", "steps": 400,
+                "batch": 2,
             },
             "ema": 0.98,
-            "ramp": {"keep": "0..50", "fp8": 0},
+            "precision": "fp32",
         }
     )  # fmt: skip
     model: str = "demo"
     seeds: tuple[int, ...] = SEEDS
     validation_clips: int = 8
     noise: tuple[float, ...] = (0.98, 0.9, 0.75, 0.5, 0.25, 0.1)
-    clips: int = 64
+    clips: int = 48
     steps: int = 20
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from bench import joint
 from bench.tuning import carry_out as carrying
+from bench.tuning import trainer
 from bench.tuning.record import Distance, Losses, Record, RecordError, Samples, Training
 from bench.tuning.tables import Experiment, keep_of, targets, variants_table
 from bench.tuning.v_scale import v_scale
@@ -31,11 +31,12 @@ from bench.tuning.variants import (
     runs,
 )
 from fpsc.bench.environment import environment
-from fpsc.demo.model import GRID, build_model, save_model
+from fpsc.demo.model import build_model, load_model, save_model
 from fpsc.evaluate.network import QUESTIONS
 from fpsc.functional import attention
 from fpsc.kernels import reference
-from fpsc.policy import Policy
+from fpsc.policy import Policy, find
+from fpsc.train import config
 
 # ---- the variants
 
@@ -179,6 +180,39 @@ def test_an_untrained_run_is_compared_with_the_dense_model(
     dense = carrying.carry_out(Run(VARIANTS[DENSE], 1), tiny, tmp_path, quiet)
     assert dense.losses.dense == dense.losses.as_run == record.losses.dense
     assert dense.samples.psnr == (None,) * 3 and set(dense.samples.ssim) == {1.0}
+
+
+def test_a_trained_run_is_compared_with_the_start_s_clips(
+    tiny: Scale, tmp_path: Path, uncompiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(VARIANTS["sparse"], 0)
+    record = carrying.carry_out(run, tiny, tmp_path, quiet)
+    assert record.training is not None and record.training.steps == 2
+    assert [step for step, *_ in record.training.curve] == [0, 1, 2]
+    weights = tmp_path / "sparse-s0" / "training" / "output" / "weights"
+    assert find(weights).name == "demo-paper-sparse"  # trained with this, and run with another
+    assert record.settings["run"] == PAPER
+    before, after = (load_model(folder).proj_out.weight for folder in (Path(tiny.model), weights))
+    assert not torch.equal(before, after)
+    assert record.losses.dense != record.losses.as_run
+
+    def again(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(trainer, "fpsc_train", again)
+    assert carrying.carry_out(run, tiny, tmp_path, quiet).losses == record.losses
+
+
+def test_the_control_is_trained_dense_with_as_much(tiny: Scale, tmp_path: Path) -> None:
+    control, joint = (Run(VARIANTS[name], 1) for name in (CONTROL, "joint"))
+    given = trainer.configuration(control, tiny, tmp_path / "control")
+    other = trainer.configuration(joint, tiny, tmp_path / "joint")
+    assert given["baseline"] and not other["baseline"]
+    assert "ramp" not in given and other["ramp"] == tiny.training["ramp"]
+    same = ("model", "data", "objective", "optimiser", "ema", "seed")
+    assert all(given[name] == other[name] for name in same)
+    for value in (given, other):
+        config.from_value(value)  # valid
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_alike(
