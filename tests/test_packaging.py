@@ -21,8 +21,13 @@ from packaging.requirements import Requirement
 SOURCES = {"fpsc": "fpsc", "passes": "fpsc/passes", "kernels": "fpsc/kernels"}  # folder -> package
 DATA = (
     *("fpsc/py.typed", "fpsc/policy/presets/*.yaml", "fpsc/policy/*.json"),
+<<<<<<< HEAD
     *("fpsc/demo/weights/*", "fpsc/demo/tuned/*", "fpsc/evaluate/weights/*"),
     *("fpsc/pages/*.html", "fpsc/pages/*.css"),
+=======
+    *("fpsc/demo/weights/*", "fpsc/pages/*.html", "fpsc/pages/*.css"),
+    *("fpsc/train/recipes/*.yaml", "fpsc/train/*.json"),
+>>>>>>> train
 )
 BUILD_FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 
@@ -148,7 +153,7 @@ def test_every_import_is_a_declared_dependency(source: Path) -> None:
     assert needed <= declared | extra
     assert extra <= needed
     # Inductor compiles with the first; diffusers reads weights with the other two.
-    assert declared - needed <= {"triton", "safetensors", "accelerate"}
+    assert declared - needed <= {"triton"}
 
 
 # Where each module comes from, without running it (its parents run).

@@ -12,8 +12,8 @@ import fpsc
 from fpsc.cli import app
 
 NAMES = (
-    *("benchmarks", "developing", "joint", "patterns", "policy", "quality", "tiles"),
-    "unmeasured",
+    *("benchmarks", "developing", "joint", "patterns", "policy", "quality", "tiles", "trainers"),
+    *("training", "training-data", "unmeasured"),
 )
 PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
 

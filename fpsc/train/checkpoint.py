@@ -105,7 +105,7 @@ class Checkpoints:
     def tidy(self) -> None:
         """Remove what was being written when a run was killed."""
         if self._processes.main:
-            for left in self.folder.glob(".step-*.tmp"):
+            for left in [*self.folder.glob(".*.tmp"), *self.folder.parent.glob(".weights.*.tmp")]:
                 shutil.rmtree(left, ignore_errors=True)
 
     def load(
@@ -170,9 +170,9 @@ def _load_states(
         for key in file.keys():  # noqa: SIM118  it is no mapping
             name, kind = key.rsplit("/", 1)
             value, parameter = file.get_tensor(key), parameters[name]
-            # Counters stay on the CPU; what has the parameter's shape is spread as it is.
-            like = value.shape == parameter.shape
-            optimiser.state[parameter][kind] = spread_like(value, parameter) if like else value
+            # The counter of steps stays on the CPU; all else is as the parameter is.
+            spread = value if kind == "step" else spread_like(value, parameter)
+            optimiser.state[parameter][kind] = spread
 
 
 def _tensors(path: Path, expected: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -66,6 +66,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _board(folder: Path, step: int) -> Any:
     try:
+        import tensorboard  # noqa: F401  which torch's writer needs
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(

@@ -24,6 +24,7 @@ from fpsc.train.average import Average
 from fpsc.train.checkpoint import Checkpoints, Progress
 from fpsc.train.config import Config
 from fpsc.train.data import Batch, open_source, order, prefetched
+from fpsc.train.data.fits import check_fits
 from fpsc.train.distil import Teacher, attention_distance
 from fpsc.train.export import export
 from fpsc.train.failure import TrainingFailed, explain
@@ -89,6 +90,7 @@ class Trainer:
 
     def __init__(self, config: Config, on_step: OnStep = lambda *_: None) -> None:
         keep_memory()
+        self._began = time.monotonic()
         self.config = config
         self.processes = Processes()
         self._on_step = on_step
@@ -99,6 +101,9 @@ class Trainer:
         self._order = order(self._source, spec.seed)
         self.policy = config.policy()
         self.subject = Subject(config, self.processes)
+        held_out = open_source(spec.data, held_out=True, base=config.folder)
+        for source in (self._source, held_out):
+            check_fits(source, self.subject.model)
         self.objective = objectives.build(
             config, self.subject.convention, self.subject.source.scheduler
         )
@@ -106,7 +111,6 @@ class Trainer:
         draw = self.objective.draw(first.latents, 0, 0, spec.optimiser.batch)
         noisy = self.objective.noisy(first, draw).to(self.processes.device)
         self.ramp = self._ramp(noisy)
-        self.subject.check_arguments(noisy)
         self.teacher = self._teacher(noisy)
         self._ready(noisy)
         self.average = Average(self.subject.parameters, spec.ema)
@@ -120,13 +124,14 @@ class Trainer:
         self.checkpoints = Checkpoints(folder, spec.checkpoints.keep, self.processes)
         self._validator = Validator(
             spec.validation,
-            open_source(spec.data, held_out=True, base=config.folder),
+            held_out,
             self.objective,
             self.processes,
             self._size,
         )
         self._samples = Samples(config, self.subject, self.processes)
         self.progress = Progress()
+        self._stage: tuple[int, bool] | None = None  # of the ramp, that the model has now
 
     # ---- to make it ready
 
@@ -194,25 +199,25 @@ class Trainer:
         if processes.main:
             self._log = Log(self.config.output, self.progress.step, tensorboard=spec.tensorboard)
             self._write_config()
-        began = time.monotonic() - self.progress.seconds
+        self._began -= self.progress.seconds
         if self.progress.step == 0:
             self._validate()
         with closing(self._batches()) as batches:
             while self.progress.step < end:
                 line = self._step(batches)
                 self.progress.step += 1
-                self.progress.seconds = time.monotonic() - began
+                self.progress.seconds = time.monotonic() - self._began
                 step = self.progress.step
                 self._note({"step": step, **line, "seconds": round(self.progress.seconds, 2)})
                 self._on_step(f"loss {line['loss']:.4f}", step, steps)
                 if step % spec.validation.every == 0 or step == steps:
                     self._validate()
                 if step % spec.checkpoints.every == 0 or step == steps:
-                    self.progress.seconds = time.monotonic() - began
+                    self.progress.seconds = time.monotonic() - self._began
                     self.checkpoints.save(self.subject, self.average, self.optimiser, self.progress)
         return self._finish() if self.progress.step >= steps else None
 
-    def _batches(self) -> Generator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         parts = self.config.spec.optimiser.accumulate
         return prefetched(
             self._order,
@@ -262,8 +267,6 @@ class Trainer:
         if stage != self._stage:
             self.subject.set_policy(self.ramp.at(step))
             self._stage = stage
-
-    _stage: tuple[int, bool] | None = None
 
     def _noisy(self, batch: Batch, step: int, part: int) -> Noisy:
         of = self.config.spec.optimiser.batch
@@ -355,7 +358,7 @@ class Trainer:
             "device": str(self.processes.device),
             "fp8": fp8_support(self.processes.device)[1] or "runs",
             "steps": self.progress.step,
-            "seconds": round(self.progress.seconds, 1),
+            "seconds": round(time.monotonic() - self._began, 1),
             "before": validations[0],
             "after": validations[-1],
             "validations": validations,
@@ -369,3 +372,4 @@ class Trainer:
         """Close the log, and what belongs to the processes."""
         if self._log is not None:
             self._log.close()
+        self.processes.leave()

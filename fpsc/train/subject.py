@@ -172,13 +172,6 @@ class Subject:
         """
         if self._frames_first:
             latents = latents.transpose(1, 2)
-        expected = self.source.spec.config.get("in_channels")
-        found = latents.shape[2 if self._frames_first else 1]
-        if expected is not None and expected != found:
-            raise UserError(
-                f"{self.name} takes latents of {expected} channels, and the clips "
-                f"have {found}; they were encoded for another model"
-            )
         grids = latent_grids(self.model, latents.shape)
         if not grids:
             raise UserError(
@@ -231,11 +224,7 @@ class Subject:
     # ---- to use it
 
     def predict(self, noisy: Noisy) -> Tensor:
-        """The model's output [B, C, F, H, W] for a batch on its device.
-
-        Raises:
-            UserError: the model does not accept the arguments that the clips bring.
-        """
+        """The model's output [B, C, F, H, W] for a batch on its device."""
         latents = noisy.latents.transpose(1, 2) if self._frames_first else noisy.latents
         with self.autocast():
             out: Tensor = self.model(
@@ -245,20 +234,6 @@ class Subject:
                 return_dict=False,
             )[0]
         return out.transpose(1, 2) if self._frames_first else out
-
-    def check_arguments(self, noisy: Noisy) -> None:
-        """Whether the model takes what the clips bring.
-
-        Raises:
-            UserError: it does not; names the argument.
-        """
-        known = argument_names(self.model)
-        for name in noisy.conditioning:
-            if name not in known:
-                raise UserError(
-                    f"{noisy.batch.keys[0]}: {self.name} takes no argument {name!r}; "
-                    f"the clips were encoded for another model (it takes {', '.join(known)})"
-                )
 
     def autocast(self) -> Any:
         """The precision of the run."""

@@ -175,7 +175,7 @@ def permuted(index: int, count: int, *key: int) -> int:
 
 def prefetched(
     order: Order, start: int, *, rank: int = 0, ranks: int = 1, size: int, ahead: int = 2
-) -> Generator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches from step `start` on, without an end, read in a thread ahead of their use.
 
     An error is raised at the step that it belongs to. Closing the iterator ends the thread.

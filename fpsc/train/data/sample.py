@@ -46,6 +46,20 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on a device."""
+
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+        return Batch(
+            self.keys,
+            self.latents.to(device),
+            moved(self.conditioning),
+            None if self.beside is None else self.beside.to(device),
+            moved(self.empty),
+        )
+
 
 @runtime_checkable
 class Source(Protocol):
