@@ -1,1 +1,1 @@
-"""The experiment of joint fine-tuning: its variants, a run of one, its record, table and pictures."""
+"""The experiment of joint fine-tuning: variants, a run of one, its record, tables and pictures."""

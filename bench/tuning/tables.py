@@ -129,9 +129,7 @@ class Experiment:
 
 def _mean(table: tuple[tuple[float, ...], ...], level: int | None = None) -> float:
     return statistics.fmean(
-        value
-        for row in table
-        for value in (row if level is None else row[level : level + 1])
+        value for row in table for value in (row if level is None else row[level : level + 1])
     )
 
 

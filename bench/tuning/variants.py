@@ -66,9 +66,7 @@ SAFE = policy(
 CONSTANT = policy(
     "demo-constant", {"always": near(0.1875, "intermediate")}, ("1.00..0.00", "always")
 )
-NOTHING = policy(
-    "demo-dense", {"dense": {"keep": 1.0, "dtype": "bf16"}}, ("1.00..0.00", "dense")
-)
+NOTHING = policy("demo-dense", {"dense": {"keep": 1.0, "dtype": "bf16"}}, ("1.00..0.00", "dense"))
 
 
 def without_fp8(given: Document) -> Document:

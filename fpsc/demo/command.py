@@ -28,8 +28,8 @@ def demo(
     """Generate a clip twice from the same noise, dense and with backend="fpsattn".
 
     Where there are weights that were tuned jointly with a policy, that policy is used, and a third
-    clip shows what they make of it. Writes demo.gif, demo.png and demo.json into the folder. Exit status: 0; 1 where no attention
-    was replaced; 2 for input that cannot be used.
+    clip shows what they make of it. Writes demo.gif, demo.png and demo.json into the folder. Exit
+    status: 0; 1 where no attention was replaced; 2 for input that cannot be used.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

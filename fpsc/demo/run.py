@@ -174,7 +174,7 @@ class Result:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON. `psnr_db` and `ssim` are to the dense clip; `psnr_db` is null for equal ones."""
+        """For JSON. `psnr_db` and `ssim` are to the dense clip; no number for equal ones."""
         return {
             "prompt": self.scene.prompt,
             "seed": self.seed,
@@ -236,7 +236,8 @@ def run(
     dense = generate("dense", torch.compile(model), start)
     torch.compiler.reset()
     fpsc.reports(clear=True)
-    compiled = torch.compile(model, backend="fpsattn", options={"policy": policy})
+    options: dict[str, Any] = {"policy": policy}
+    compiled = torch.compile(model, backend="fpsattn", options=options)
     fast, then = generate("fpsattn", compiled, start), None
     if after is not None:
         model.load_state_dict(after)  # in place: the compiled code reads the new weights

@@ -23,7 +23,6 @@ import diffusers
 import numpy as np
 import torch
 import typer
-from diffusers import WanTransformer3DModel
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -221,8 +220,8 @@ def training_batch(recipe: Recipe, step: int) -> Batch:
 def losses(model: Callable[..., Any], batch: Batch, sigma_floor: float) -> torch.Tensor:
     """Mean squared error of the velocity that each prediction implies.
 
-    The (compiled) model predicts the clean latent x0; velocity = (noisy - x0) / sigma, so the error of x0
-    counts 1 / sigma^2, with sigma no smaller than `sigma_floor`.
+    The (compiled) model predicts the clean latent x0; velocity = (noisy - x0) / sigma, so the error
+    of x0 counts 1 / sigma^2, with sigma no smaller than `sigma_floor`.
 
     Returns:
         float32 [B].

@@ -1,1 +1,1 @@
-"""How good the clips of a model are, beside those of another: by distance, and by what they show."""
+"""How good the clips of a model are beside those of another: distance, and what they show."""

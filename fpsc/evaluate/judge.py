@@ -3,8 +3,8 @@
     python -m fpsc.evaluate.judge --out DIR
 
 Clips are drawn as they are needed, each once. Every random number is a function of (seed, step), so
-a run that is stopped and started again goes on exactly where it was. On two CPU cores: one draws the
-next batch while the other computes, and no GPU is used.
+a run that is stopped and started again goes on exactly where it was. On two CPU cores: one draws
+the next batch while the other computes, and no GPU is used.
 """
 
 from __future__ import annotations

@@ -37,9 +37,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 
 def answers_of(scene: Scene) -> Tensor:
     """The right answers, by number: int64 [questions]."""
-    return torch.tensor(
-        [words.index(getattr(scene, name)) for name, words in QUESTIONS.items()]
-    )
+    return torch.tensor([words.index(getattr(scene, name)) for name, words in QUESTIONS.items()])
 
 
 class Judge(nn.Module):
@@ -51,7 +49,7 @@ class Judge(nn.Module):
         def layer(
             inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]
         ) -> nn.Sequential:
-            padding = tuple(size // 2 for size in kernel)
+            padding = kernel[0] // 2, kernel[1] // 2, kernel[2] // 2
             convolution = nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
             return nn.Sequential(convolution, nn.BatchNorm3d(outputs), nn.ReLU())
 
@@ -64,7 +62,9 @@ class Judge(nn.Module):
         )
         # Normalised without a weight: every feature counts alike in a distance.
         self.features = nn.Sequential(
-            nn.Linear(2 * 64, FEATURES, bias=False), nn.BatchNorm1d(FEATURES, affine=False), nn.ReLU()
+            nn.Linear(2 * 64, FEATURES, bias=False),
+            nn.BatchNorm1d(FEATURES, affine=False),
+            nn.ReLU(),
         )
         self.answers = nn.Linear(FEATURES, sum(map(len, QUESTIONS.values())))
 

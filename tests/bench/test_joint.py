@@ -1,4 +1,4 @@
-"""The experiment of joint fine-tuning: its variants, a run of one, and what follows from records."""
+"""The experiment of joint fine-tuning: variants, a run of one, and what follows from records."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_every_policy_is_valid_and_has_both_orders() -> None:
 
 
 def test_the_constant_schedule_costs_as_much_as_the_papers() -> None:
-    assert keep_of(VARIANTS["joint-constant"]) == pytest.approx(keep_of(VARIANTS["joint"]), rel=0.02)
+    assert keep_of(VARIANTS["joint-constant"]) == pytest.approx(
+        keep_of(VARIANTS["joint"]), rel=0.02
+    )
     assert len(CONSTANT["schedule"]) == 1
 
 
@@ -172,7 +174,9 @@ def test_an_untrained_run_is_compared_with_the_dense_model(
     assert len(record.losses.dense) == 1 and len(record.losses.dense[0]) == 2
     assert record.losses.dense != record.losses.as_run
     assert list(record.samples.distances) == [0]  # not to the set from its own noise
-    assert len(record.samples.psnr) == 3 and all(20 < decibel < 90 for decibel in record.samples.psnr)
+    assert len(record.samples.psnr) == 3 and all(
+        20 < decibel < 90 for decibel in record.samples.psnr
+    )
     assert list(record.samples.accuracy) == list(QUESTIONS)
     record.save(tmp_path / "r.json")
     assert Record.load(tmp_path / "r.json") == record

@@ -200,7 +200,9 @@ def test_tuned_weights_that_cannot_be_used(weights: Path, tuned: Path, tmp_path:
     Policy.from_dict(SPARSE).save_beside(other)
     with pytest.raises(ValueError, match=r"another model.*blocks\.1.*absent.*model: demo"):
         run(SCENE, 0, 2, tmp_path, weights=weights, tuned=other)
-    done = CliRunner().invoke(app, ["demo", "--tuned", str(other), "--out", str(tmp_path), "--json"])
+    done = CliRunner().invoke(
+        app, ["demo", "--tuned", str(other), "--out", str(tmp_path), "--json"]
+    )
     assert done.exit_code == 2
     assert "another model" in json.loads(done.stdout)["error"]
 

@@ -28,7 +28,8 @@ from fpsc.evaluate.network import (
 def test_every_field_of_a_scene_is_a_question() -> None:
     assert list(QUESTIONS) == [field.name for field in dataclasses.fields(Scene)]
     scene = parse_prompt(EXAMPLE)
-    words = [words[answer] for words, answer in zip(QUESTIONS.values(), answers_of(scene))]
+    pairs = zip(QUESTIONS.values(), answers_of(scene), strict=True)
+    words = [words[answer] for words, answer in pairs]
     assert words == list(vars(scene).values())
 
 
@@ -59,9 +60,7 @@ def test_a_file_gives_the_same_judge(tmp_path: Path) -> None:
     save_judge(judge, tmp_path / "judge.safetensors")
     clips = [torch.rand(3, 16, 64, 64)]
     found = read(load_judge(tmp_path / "judge.safetensors"), clips)
-    torch.testing.assert_close(
-        found.features, read(judge, clips).features, rtol=0.05, atol=0.05
-    )
+    torch.testing.assert_close(found.features, read(judge, clips).features, rtol=0.05, atol=0.05)
     with pytest.raises(FileNotFoundError, match=r"fpsc\.evaluate\.judge"):
         load_judge(tmp_path / "none.safetensors")
 
