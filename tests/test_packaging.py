@@ -21,13 +21,9 @@ from packaging.requirements import Requirement
 SOURCES = {"fpsc": "fpsc", "passes": "fpsc/passes", "kernels": "fpsc/kernels"}  # folder -> package
 DATA = (
     *("fpsc/py.typed", "fpsc/policy/presets/*.yaml", "fpsc/policy/*.json"),
-<<<<<<< HEAD
     *("fpsc/demo/weights/*", "fpsc/demo/tuned/*", "fpsc/evaluate/weights/*"),
     *("fpsc/pages/*.html", "fpsc/pages/*.css"),
-=======
-    *("fpsc/demo/weights/*", "fpsc/pages/*.html", "fpsc/pages/*.css"),
     *("fpsc/train/recipes/*.yaml", "fpsc/train/*.json"),
->>>>>>> train
 )
 BUILD_FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 
