@@ -3,6 +3,7 @@
     python bench/joint.py --list                   # every run, and whether it is done
     python bench/joint.py --run joint-s0 sparse-s0
     python bench/joint.py --all                    # whatever is missing, some minutes each
+    python bench/joint.py --survey                 # what many policies cost without training
     python bench/joint.py --table                  # tables and pictures of docs/joint.md
     python bench/joint.py --check                  # judges what is there, and runs nothing
 
@@ -19,7 +20,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Set
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +49,22 @@ def carry_out(run: Run, scale: Scale, work: Path, results: Path) -> None:
     """Do a run in this process, with a bar for each of its parts."""
     from bench.tuning.carry_out import carry_out as whole
 
+    with telling() as tell:
+        whole(run, scale, work, tell).save(results / f"{run.name}.json")
+
+
+def look_around(results: Path) -> None:
+    """Measure what policies cost without training, in this process."""
+    from bench.tuning.survey import survey
+    from bench.tuning.tables import SURVEY
+
+    with telling() as tell:
+        survey(results / SURVEY, tell)
+
+
+@contextmanager
+def telling() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each part of what is going on."""
     columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
         tasks: dict[str, TaskID] = {}
@@ -54,9 +72,9 @@ def carry_out(run: Run, scale: Scale, work: Path, results: Path) -> None:
         def tell(part: str, finished: int, total: int) -> None:
             if part not in tasks:
                 tasks[part] = progress.add_task(part, total=total)
-            progress.update(tasks[part], completed=finished)
+            progress.update(tasks[part], completed=finished, total=total)
 
-        whole(run, scale, work, tell).save(results / f"{run.name}.json")
+        yield tell
 
 
 def apart(names: list[str], work: Path, results: Path) -> int:
@@ -111,6 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--list", action="store_true", help="every run, and whether it is done")
     what.add_argument("--run", nargs="+", metavar="NAME", help="these, also where they are done")
     what.add_argument("--all", action="store_true", help="every run that is not done")
+    what.add_argument("--survey", action="store_true", help="loss of many policies, not trained")
     what.add_argument("--table", action="store_true", help="write docs/joint.md")
     what.add_argument("--check", action="store_true", help="judge what is there")
     parser.add_argument("--work", type=Path, default=WORK, help="checkpoints, weights and clips")
@@ -122,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.list:
             listed(plan, given.results, given.json)
+        elif given.survey:
+            look_around(given.results)
         elif given.table:
             write_page(scale, given.work, given.results, ROOT / "docs" / "joint.md")
         elif given.check:

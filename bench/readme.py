@@ -85,7 +85,7 @@ def tuning_table(name: str, folder: Path, part: str) -> str:
     if part not in tables.PARTS:
         sys.exit(f"{name}: expected one of {', '.join(tables.PARTS)} behind the #, found {part!r}")
     try:
-        return tables.PARTS[part](tables.Experiment.load(folder))
+        return tables.PARTS[part](folder)
     except RecordError as error:
         sys.exit(f"{name}: {error}")
 

@@ -51,6 +51,8 @@ def _bars(axes: Axes, experiment: Experiment) -> None:
                 places.append(group + (index - 1.5) * width)
                 means.append(100 * found.mean)
                 deviations.append(100 * (found.deviation or 0))
+        if not places:
+            continue
         drawn = axes.bar(
             places, means, width * 0.92, yerr=deviations, color=colour, label=kind, capsize=2,
             error_kw={"ecolor": INK, "elinewidth": 1},

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.committed import Target
+from bench.tuning import survey
 from bench.tuning.record import Record, RecordError
 from bench.tuning.variants import CONTROL, DENSE, VARIANTS, Run, Scale, Variant, runs
 from fpsc.bench.markdown import NONE, markdown
@@ -23,6 +24,7 @@ from fpsc.policy.schema import Sampling
 
 LARGEST_GAP, SMALLEST_RATIO, LARGEST_KEEP, FEWEST_SEEDS = 0.02, 3.0, 0.25, 3
 JUDGED = "joint"
+SURVEY = "survey.json"
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "pictures"
 
 
@@ -194,7 +196,7 @@ def levels_table(experiment: Experiment) -> str:
     return markdown(("variant", *(f"noise {level:g}" for level in noise)), rows)
 
 
-def floor_words(experiment: Experiment) -> str:
+def floor_table(experiment: Experiment) -> str:
     """The dense model against itself."""
     floor, head = experiment.floor(), ("sets of the dense model", "distance between two of them")
     if not floor:
@@ -212,7 +214,7 @@ def drawable(experiment: Experiment) -> bool:
     return experiment.gaps("untrained") is not None
 
 
-def pictures_words(experiment: Experiment) -> str:
+def pictures_lines(experiment: Experiment) -> str:
     """The pictures that have been drawn."""
     lines = {
         GAPS: "The loss gap of each variant, and of the paper's order by noise level",
@@ -222,14 +224,15 @@ def pictures_words(experiment: Experiment) -> str:
     return "\n".join(f"![{lines[name]}](pictures/{name})\n" for name in there)
 
 
-PARTS: dict[str, Callable[[Experiment], str]] = {
-    "variants": lambda experiment: variants_table(experiment, ablation=False),
-    "ablations": lambda experiment: variants_table(experiment, ablation=True),
-    "levels": levels_table,
-    "floor": floor_words,
-    "pictures": pictures_words,
+PARTS: dict[str, Callable[[Path], str]] = {
+    "variants": lambda folder: variants_table(Experiment.load(folder), ablation=False),
+    "ablations": lambda folder: variants_table(Experiment.load(folder), ablation=True),
+    "levels": lambda folder: levels_table(Experiment.load(folder)),
+    "floor": lambda folder: floor_table(Experiment.load(folder)),
+    "pictures": lambda folder: pictures_lines(Experiment.load(folder)),
+    "survey": lambda folder: survey.table(folder / SURVEY),
 }
-"""The tables of docs/joint.md, by the name after the folder's in their marker."""
+"""The tables of docs/joint.md, from a folder of records, by their name behind the folder's."""
 
 
 def _percent(spread: Spread | None) -> str:
