@@ -32,6 +32,12 @@ def _always(tile: list[int] | str, **mode: Any) -> Document:
     return policy("survey", {"always": whole}, ("1.00..0.00", "always")) | {"tile": tile}
 
 
+def _but(given: Document, layers: list[int]) -> Document:
+    """With every tile, not quantised, in these layers."""
+    modes = given["modes"] | {"dense": {"keep": 1.0, "dtype": "bf16"}}
+    return given | {"modes": modes, "except": [{"layers": layers, "use": "dense"}]}
+
+
 def _strips(keep: float) -> Document:
     return policy("survey", {"always": near(keep)}, ("1.00..0.00", "always"))
 
@@ -39,6 +45,10 @@ def _strips(keep: float) -> Document:
 CANDIDATES: dict[str, Document] = {
     "every tile, FP8": _always("auto", keep=1.0),
     **{f"near, keep {k:g}": _always("auto", pattern="near", keep=k) for k in (0.5, 0.25, 0.125)},
+    "near, keep 0.25, in layer 3 alone": _but(
+        _always("auto", pattern="near", keep=0.25), [0, 1, 2, 4, 5]
+    ),
+    "near, keep 0.25, but in layer 3": _but(_always("auto", pattern="near", keep=0.25), [3]),
     "near, keep 0.25, without FP8": without_fp8(_always("auto", pattern="near", keep=0.25)),
     "radial, keep 0.25": _always("auto", pattern="radial", keep=0.25),
     "window 3x2x1": _always("auto", pattern="window", window=[3, 2, 1]),
