@@ -42,7 +42,7 @@ def tidy(node: Any) -> Any:
         return [tidy(item) for item in node]
     if not isinstance(node, dict):
         return node
-    tidy = {
+    tidied = {
         key: {name: tidy(field) for name, field in value.items()}
         if key in ("properties", "$defs")
         else value
@@ -51,11 +51,11 @@ def tidy(node: Any) -> Any:
         for key, value in node.items()
         if key != "title" or not isinstance(value, str)
     }
-    if not isinstance(tidy.get("default", ""), str | int | float | bool):
-        del tidy["default"]
-    options = tidy.get("anyOf", [])
+    if not isinstance(tidied.get("default", ""), str | int | float | bool):
+        del tidied["default"]
+    options = tidied.get("anyOf", [])
     if {"type": "null"} in options:
         kept = [option for option in options if option != {"type": "null"}]
-        del tidy["anyOf"]
-        tidy = {**kept[0], **tidy} if len(kept) == 1 else {"anyOf": kept, **tidy}
-    return tidy
+        del tidied["anyOf"]
+        tidied = {**kept[0], **tidied} if len(kept) == 1 else {"anyOf": kept, **tidied}
+    return tidied

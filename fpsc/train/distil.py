@@ -17,7 +17,7 @@ from fpsc.compiling import repeated_blocks
 from fpsc.errors import UserError
 from fpsc.train.objective import Noisy
 from fpsc.train.sharding import shard
-from fpsc.train.subject import ADAPTER, Subject
+from fpsc.train.subject import Subject
 
 TAPPED = "_fpsc_tapped"
 
@@ -86,7 +86,6 @@ class Teacher:
                 yield
         finally:
             subject.model.enable_adapters()
-            subject.model.set_adapter(ADAPTER)
 
 
 def attention_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:

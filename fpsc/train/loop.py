@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import fpsc
 from fpsc.cli.version import installed
@@ -34,6 +35,7 @@ from fpsc.train.objective import Noisy
 from fpsc.train.processes import Processes
 from fpsc.train.ramp import Ramp, trains
 from fpsc.train.samples import Samples
+from fpsc.train.sharding import whole
 from fpsc.train.subject import Subject
 from fpsc.train.validation import Validator
 
@@ -64,7 +66,7 @@ def train(
         stop_at: leave after this step, as if killed there.
 
     Returns:
-        None where it was left before its end.
+        None where it was left before its end, and in all processes but the first.
 
     Raises:
         UserError: something in the configuration, the model or the clips cannot be used, or the
@@ -172,7 +174,7 @@ class Trainer:
     def _ready(self, noisy: Noisy) -> None:
         """Compile and spread the model, and run it once: it is then known what is replaced."""
         before = len(fpsc.reports())
-        self.subject.compile(self.ramp.target)
+        self.subject.compile(self.ramp.target, noisy.latents)
         self.subject.spread()
         mesh = self.processes.mesh()
         if self.teacher is not None and mesh is not None:
@@ -240,13 +242,13 @@ class Trainer:
             self._backward(losses["loss"] / parts, last=part == parts - 1)
             for name, loss in losses.items():
                 total[name] = total.get(name, 0) + loss.detach() / parts
-        norm = torch.nn.utils.clip_grad_norm_(
-            list(self.subject.parameters.values()), spec.optimiser.clip
-        )
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        parameters = list(self.subject.parameters.values())
+        total_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(whole(total_norm))
         numbers = {name: float(self.processes.mean(loss)) for name, loss in total.items()}
-        if not (math.isfinite(numbers["loss"]) and math.isfinite(float(norm))):
-            raise TrainingFailed(self._failure(noisy, step, numbers["loss"], float(norm)))
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(norm)):
+            raise TrainingFailed(self._failure(noisy, step, numbers["loss"], norm))
+        clip_grads_with_norm_(parameters, spec.optimiser.clip, total_norm)
         rate = self._rate(step)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -255,10 +257,10 @@ class Trainer:
         self.average.update(step + 1)
         return {
             **numbers,
-            "gradient": float(norm),
+            "gradient": norm,
             "lr": rate,
             "keep": round(self.ramp.keep_at(step), 4),
-            "fp8": self.ramp.stage(step)[1] and not spec.baseline,
+            "fp8": self.ramp.fp8_at(step),
         }
 
     def _lead(self, step: int) -> None:

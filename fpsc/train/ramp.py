@@ -82,6 +82,11 @@ class Ramp:
         least = min(self._keep(mode) for mode in self._policy.modes.values())
         return 1 - stage / STAGES * (1 - least)
 
+    def fp8_at(self, step: int) -> bool:
+        """Whether any mode is in fp8 at a step."""
+        wanted = any(mode.dtype == "fp8" for mode in self._policy.modes.values())
+        return wanted and step >= self._spec.fp8 and not self._baseline
+
     def _mode(self, mode: Mode, passed: float, fp8: bool) -> dict[str, Any]:
         """A mode on the way: `near` where its own pattern has no keep to set."""
         given: dict[str, Any] = mode.model_dump(mode="json", exclude_unset=True)

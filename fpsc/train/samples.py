@@ -35,15 +35,16 @@ class Samples:
         self._sampler = self._for(config) if self._spec.prompts else None
 
     def _for(self, config: Config) -> Sampler:
+        device = self._processes.device
         if config.spec.model == "demo":
-            return _demo(config, self._subject)
+            return _demo(config, self._subject, device)
         if self._subject.source.pipeline is None:
             raise config.error(
                 ("samples", "prompts"),
                 "there is nothing to sample with: expected the local folder of a whole pipeline as "
                 "model, or no prompts, and then no clips are written",
             )
-        return _pipeline(config, self._subject, self._subject.source.pipeline)
+        return _pipeline(config, self._subject, self._subject.source.pipeline, device)
 
     def write(self, step: int, dense: Policy, sparse: Policy) -> list[Path]:
         """Write a moving picture for each prompt; the model is left with the sparse policy."""
@@ -63,7 +64,7 @@ class Samples:
         return files
 
 
-def _demo(config: Config, subject: Subject) -> Sampler:
+def _demo(config: Config, subject: Subject, device: torch.device) -> Sampler:
     from fpsc.demo.clips import PromptError, encode_prompt, parse_prompt
     from fpsc.demo.run import sample, start_noise
 
@@ -74,14 +75,19 @@ def _demo(config: Config, subject: Subject) -> Sampler:
             raise config.error(("samples", "prompts", number), str(error)) from None
     noise = start_noise(config.spec.seed)
 
+    def model(*inputs: Tensor, return_dict: bool) -> tuple[Tensor]:
+        """The scheduler stays on the CPU."""
+        moved = (tensor.to(device) for tensor in inputs)
+        return (subject.model(*moved, return_dict=return_dict)[0].float().cpu(),)
+
     def draw(prompt: str) -> Tensor:
         text = encode_prompt(parse_prompt(prompt))
-        return sample(subject.model, text, noise, config.spec.samples.steps)
+        return sample(model, text, noise, config.spec.samples.steps)
 
     return draw
 
 
-def _pipeline(config: Config, subject: Subject, folder: Path) -> Sampler:
+def _pipeline(config: Config, subject: Subject, folder: Path, device: torch.device) -> Sampler:
     from diffusers import DiffusionPipeline
 
     spec = config.spec.samples
@@ -92,6 +98,7 @@ def _pipeline(config: Config, subject: Subject, folder: Path) -> Sampler:
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: this pipeline cannot be loaded to sample: {reason}") from error
+    pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     names = ("num_frames", "height", "width")
     size = dict(zip(names, spec.size, strict=True)) if spec.size else {}

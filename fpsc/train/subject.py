@@ -23,11 +23,11 @@ from fpsc.compiling import compile_forwards, repeated_blocks
 from fpsc.errors import UserError
 from fpsc.families import family_of
 from fpsc.models.build import ModelSpec, class_of, find_model
-from fpsc.models.inputs import family
 from fpsc.policy import Policy
 from fpsc.report import Report
-from fpsc.roots import argument_names, latent_grids
+from fpsc.roots import latent_grids
 from fpsc.runtime import states_in
+from fpsc.train.arrangement import arrangement_of
 from fpsc.train.config import Config
 from fpsc.train.objective import Noisy
 from fpsc.train.processes import Processes
@@ -35,6 +35,10 @@ from fpsc.train.sharding import shard
 
 ADAPTER = "default"
 """The name of the adapter of `method: lora`, as diffusers calls the first one."""
+
+NO_SILENCE: dict[str, Any] = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+"""Clips of many shapes are compiled one by one; past the limit Dynamo would run blocks eagerly,
+which is dense, without a word."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +101,12 @@ class Subject:
         self.config = config
         self.source = find_source(config)
         self._processes = processes
+        self._only: torch.Size | None = None  # the size of latents that a run is bound to
         self.model = self._loaded()
         known = family_of(self.model)
         self.convention = known.convention if known else None
-        arrangement = family(self.source.spec.class_name, self.source.spec.config)
-        self._frames_first = arrangement is not None and arrangement.frames_first
-        if "height" in argument_names(self.model):
-            raise config.error(
-                ("model",),
-                f"{self.name} takes its latents packed as tokens, which fpsc "
-                "train does not make; train it with a loop of your own (docs/training.md)",
-            )
+        spec = self.source.spec
+        self._arrangement = arrangement_of(spec, self.model)
         if config.spec.method == "lora":
             self._add_adapters()
         self.model.to(processes.device)
@@ -170,20 +169,29 @@ class Subject:
         Raises:
             UserError: the model does not take such latents.
         """
-        if self._frames_first:
-            latents = latents.transpose(1, 2)
-        grids = latent_grids(self.model, latents.shape)
+        grid = self._arrangement.grid(latents.shape)
+        if grid is not None:
+            return grid
+        grids = latent_grids(self.model, self._arrangement.given(latents).shape)
         if not grids:
-            raise UserError(
-                f"{self.name} takes no latents of {list(latents.shape)}"
-            )
+            raise UserError(f"{self.name} takes no latents of {list(latents.shape)}")
         return grids[0]
 
     # ---- to make it ready
 
-    def compile(self, policy: Policy) -> None:
-        """Compile the blocks with this backend. `set_policy` works from the first forward on."""
-        compile_forwards(self.blocks, {"policy": policy})
+    def compile(self, policy: Policy, latents: Tensor) -> None:
+        """Compile the blocks with this backend. `set_policy` works from the first forward on.
+
+        Args:
+            latents: such as the model will get.
+        """
+        options: dict[str, Any] = {"policy": policy}
+        # Of packed latents the backend sees no grid. They are then all of one.
+        grid = self._arrangement.grid(latents.shape)
+        if grid is not None:
+            self._only = latents.shape[2:]
+            options["grid"] = grid
+        compile_forwards(self.blocks, options)
 
     def spread(self) -> None:
         """Spread the parameters over the processes, where there are several."""
@@ -225,15 +233,21 @@ class Subject:
 
     def predict(self, noisy: Noisy) -> Tensor:
         """The model's output [B, C, F, H, W] for a batch on its device."""
-        latents = noisy.latents.transpose(1, 2) if self._frames_first else noisy.latents
-        with self.autocast():
+        size = noisy.latents.shape[2:]
+        if self._only not in (None, size):
+            raise UserError(
+                f"{noisy.batch.keys[0]}: expected latents of {list(self._only or ())}, as those of "
+                f"the first clip, found {list(size)}; {self.name} takes clips of one size in a run"
+            )
+        with self.autocast(), torch._dynamo.config.patch(**NO_SILENCE):
             out: Tensor = self.model(
-                hidden_states=latents,
+                hidden_states=self._arrangement.given(noisy.latents),
                 timestep=noisy.timestep,
+                **self._arrangement.arguments(size),
                 **noisy.conditioning,
                 return_dict=False,
             )[0]
-        return out.transpose(1, 2) if self._frames_first else out
+        return self._arrangement.taken(out, size)
 
     def autocast(self) -> Any:
         """The precision of the run."""

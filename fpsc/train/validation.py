@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +45,13 @@ class Found:
         }
 
 
+class Forward(NamedTuple):
+    """A clip at some of the noise levels, by their places in the list."""
+
+    clip: int
+    levels: tuple[int, ...]
+
+
 class Validator:
     """Measures a model on the first clips of a held-out source.
 
@@ -63,15 +71,15 @@ class Validator:
         self._source = source
         self._objective = objective
         self._processes = processes
-        clips = min(spec.clips, len(source))
-        pairs = [(clip, level) for clip in range(clips) for level in range(len(spec.noise))]
-        # All processes run equally many forwards; what is added counts nothing.
-        whole = size * processes.count
-        missing = -len(pairs) % whole
-        self._weights = [1.0] * len(pairs) + [0.0] * missing
-        self._pairs = pairs + pairs[:1] * missing
+        self._clips = min(spec.clips, len(source))
+        self._forwards = [
+            Forward(clip, tuple(range(first, min(first + size, len(spec.noise)))))
+            for clip in range(self._clips)
+            for first in range(0, len(spec.noise), size)
+        ]
+        # All processes run equally many; what is added counts nothing.
+        self._forwards += [Forward(0, ())] * (-len(self._forwards) % processes.count)
         self._size = size
-        self._clips = clips
 
     def measure(self, subject: Subject, dense: Policy, sparse: Policy) -> Found:
         """The losses of a model that has run; it is left with the sparse policy."""
@@ -85,21 +93,21 @@ class Validator:
     def _table(self, subject: Subject) -> Tensor:
         """float64 [levels]: the sum of losses over all clips."""
         total = torch.zeros(len(self._spec.noise), dtype=torch.float64)
-        rank, size = self._processes.rank, self._size
-        for first in range(rank * size, len(self._pairs), self._processes.count * size):
-            pairs = self._pairs[first : first + size]
-            batch = collate([self._source.sample(clip) for clip, _ in pairs])
-            levels = torch.tensor([self._spec.noise[level] for _, level in pairs])
-            noise = torch.stack([_noise(clip, tuple(batch.latents.shape[1:])) for clip, _ in pairs])
-            draw = Draw(noise, levels, torch.zeros(len(pairs), dtype=torch.bool))
+        for clip, counted in self._forwards[self._processes.rank :: self._processes.count]:
+            # All forwards have the batch size that the model is compiled for.
+            which = list(counted) + [0] * (self._size - len(counted))
+            levels = torch.tensor([self._spec.noise[level] for level in which])
+            batch = collate([self._source.sample(clip)] * self._size)
+            noise = _noise(clip, batch.latents.shape[1:]).expand_as(batch.latents)
+            draw = Draw(noise, levels, torch.zeros(self._size, dtype=torch.bool))
             noisy = self._objective.noisy(batch, draw).to(self._processes.device)
-            losses = self._objective.losses(subject.predict(noisy), noisy).cpu()
-            for offset, (_, level) in enumerate(pairs):
-                total[level] += self._weights[first + offset] * losses[offset].double()
+            losses = self._objective.losses(subject.predict(noisy), noisy).double().cpu()
+            for level, loss in zip(counted, losses, strict=False):
+                total[level] += loss
         device = self._processes.device
         return self._processes.sum(total.to(device)).cpu()
 
 
-def _noise(clip: int, shape: tuple[int, ...]) -> Tensor:
+def _noise(clip: int, shape: Sequence[int]) -> Tensor:
     rng = np.random.RandomState(SEED + clip)
-    return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+    return torch.from_numpy(rng.standard_normal(tuple(shape)).astype(np.float32))

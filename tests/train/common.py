@@ -92,8 +92,8 @@ def started(
     """A run in processes of its own."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        launcher += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [*launcher, "-m", "tests.train.common", str(config), *arguments],
         cwd=checkout,

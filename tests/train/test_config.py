@@ -46,7 +46,7 @@ BROKEN = [
     ("0..500", "500..0", "7:14: ramp.keep: a range counts up; write 0..500, found 500..0"),
     ("0..500", "0..700", "7:14: ramp.keep: ends after the last of 600 steps"),
     ("fp8: 100", "fp8: 600", "7:27: ramp.fp8: fp8 begins after the last of 600 steps"),
-    ("method: lora", "method: lroa", 'expected full (all weights) or lora (adapters on'),
+    ("method: lora", "method: lroa", "expected full (all weights) or lora (adapters on"),
     ("method: lora", "method: lroa", 'found "lroa"; did you mean "lora"?'),
     ("method: lora", "method: full", "9:7: lora: belongs to method: lora"),
     ("train: demo", "train: 5", "5:15: data.train: expected demo, a folder of encoded clips"),
@@ -79,7 +79,6 @@ def test_a_mistake_is_found_with_its_place(
         load(path)
     assert message in str(error.value)
     assert str(error.value).startswith(f"{path}:")
-    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_name_that_is_nothing() -> None:

@@ -36,7 +36,9 @@ def gradients(folder: Path, modes: dict[str, object], steps: int) -> list[Tensor
         noisy = trainer._noisy(trainer._order.batch(step, 0, 1, 2), step, 0)
         trainer.subject.model.zero_grad()
         trainer._losses(noisy)["loss"].backward()
-        parts = [p.grad.flatten() for p in trainer.subject.parameters.values() if p.grad is not None]
+        parts = [
+            p.grad.flatten() for p in trainer.subject.parameters.values() if p.grad is not None
+        ]
         found.append(torch.cat(parts))
     return found
 
@@ -52,7 +54,9 @@ def test_gradients_in_fp8_point_where_dense_ones_do(folder: Path, no_inductor: N
     along = [(torch.dot(a, b) / torch.dot(b, b)).item() for a, b in zip(fp8, dense, strict=True)]
     assert abs(sum(along) / len(along) - 1) < FP8_BIAS
     # Rounding on top of sparsity is as small as rounding alone.
-    cosine = [torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(both, sparse, strict=True)]
+    cosine = [
+        torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(both, sparse, strict=True)
+    ]
     assert min(cosine) > FP8_COSINE
 
 
@@ -79,7 +83,10 @@ def test_p_of_backward_is_that_of_the_rounded_operands() -> None:
             "schedule": [{"noise": "1.0..0.0", "use": "all"}],
         }
     )
-    table, lists = resolve(policy, layers=1, heads=1, fp8=True), plan(policy, layout(GRID, (1, 4, 5)))
+    table, lists = (
+        resolve(policy, layers=1, heads=1, fp8=True),
+        plan(policy, layout(GRID, (1, 4, 5))),
+    )
     modes = table.modes[table.cells[0, 0].long()][None]
     (cell,) = cells(q, k, modes, lists.groups, None)
     scale = dim**-0.5

@@ -165,9 +165,7 @@ def test_a_ramp_recompiles_nothing(folder: Path, no_inductor: None) -> None:
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_a_baseline_trains_dense_and_is_validated_sparse(
-    folder: Path, no_inductor: None
-) -> None:
+def test_a_baseline_trains_dense_and_is_validated_sparse(folder: Path, no_inductor: None) -> None:
     result = train(configured(folder, baseline=True))
     assert result is not None
     assert {line["keep"] for line in losses(folder / "run") if "loss" in line} == {1}
@@ -235,7 +233,7 @@ def test_clips_that_are_no_numbers_are_named(folder: Path, no_inductor: None) ->
         ({"data.train": "demo"}, "expected latents of 4 channels for WanTransformer3DModel"),
         ({"optimiser.batch": 30}, "expected at least 30 samples of this shape"),
         ({"samples.prompts": ["a cat"]}, "expected the local folder of a whole pipeline"),
-        ({"method": "lora", "lora": {"targets": ["to_x"]}}, 'lora.targets.0.: no module of Wan'),
+        ({"method": "lora", "lora": {"targets": ["to_x"]}}, "lora.targets.0.: no module of Wan"),
     ],
 )
 def test_what_cannot_be_trained(

@@ -57,9 +57,7 @@ def test_the_demos_own_loss() -> None:
     model = build_model(heads=1, head_dim=32, layers=1, ffn_dim=16)
     torch.nn.init.normal_(model.proj_out.weight, std=0.1)
     with torch.no_grad():
-        predicted = model(
-            noisy.latents, noisy.timestep, **noisy.conditioning, return_dict=False
-        )[0]
+        predicted = model(noisy.latents, noisy.timestep, **noisy.conditioning, return_dict=False)[0]
         found, expected = ours.losses(predicted, noisy), demo.losses(model, theirs, 0.1)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
@@ -114,9 +112,7 @@ def test_v_is_that_of_the_scheduler() -> None:
         ("flow", {"prediction_type": "epsilon"}, {}, "says prediction_type 'epsilon'"),
     ],
 )
-def test_what_has_no_objective(
-    convention: str, scheduler: Any, values: Any, message: str
-) -> None:
+def test_what_has_no_objective(convention: str, scheduler: Any, values: Any, message: str) -> None:
     with pytest.raises(UserError) as error:
         objective(convention, scheduler, **values)
     assert message in str(error.value)

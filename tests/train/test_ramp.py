@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
+from fpsc.grid import layout
 from fpsc.policy import Policy
 from fpsc.policy.resolve import plan, resolve
-from fpsc.grid import layout
+from fpsc.policy.values import StepRange
 from fpsc.runtime import structure_of
 from fpsc.train import config
 from fpsc.train.ramp import STAGES, Ramp, trains
-from fpsc.policy.values import StepRange
 from tests.train.common import GRID
 from tests.wan import PHASES
 
@@ -36,10 +38,10 @@ def test_without_one_every_step_has_the_policy() -> None:
 
 def test_keep_falls_from_one_and_never_rises() -> None:
     way = Ramp(POLICY, config.Ramp(keep=StepRange(10, 10 + 2 * STAGES)), GRID)
-    rows = [keep_of(way.at(step)) for step in range(0, 20 + 2 * STAGES)]
+    rows = [keep_of(way.at(step)) for step in range(20 + 2 * STAGES)]
     assert all(keep == 1 for row in rows[:11] for keep in row)
     assert rows[10 + 2 * STAGES] == keep_of(POLICY)
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         assert all(b >= a for b, a in zip(before, after, strict=True))
     half = rows[10 + STAGES]  # half-way between 1 and 1 / 2, and between 1 and 1 / 12
     assert half[1] == pytest.approx(0.75 - (0.75 - 7 / 12) / 4, abs=0.02) and half[0] == 1

@@ -167,12 +167,13 @@ def test_two_processes_train_as_one(
             assert a["loss"] == pytest.approx(b["loss"], rel=PROCESSES)
             assert a["gradient"] == pytest.approx(b["gradient"], rel=1e-3)
         else:
-            assert a["validation"]["sparse"] == pytest.approx(
-                b["validation"]["sparse"], rel=1e-3
-            )
+            assert a["validation"]["sparse"] == pytest.approx(b["validation"]["sparse"], rel=1e-3)
     result = json.loads((folder / "together" / "result.json").read_text())
     assert result["processes"] == 2
     trainer = Trainer(config)  # one process reads what two wrote
-    assert trainer.checkpoints.load(
-        trainer.checkpoints.found()[-1], trainer.subject, trainer.average, trainer.optimiser
-    ).step == 4
+    assert (
+        trainer.checkpoints.load(
+            trainer.checkpoints.found()[-1], trainer.subject, trainer.average, trainer.optimiser
+        ).step
+        == 4
+    )
