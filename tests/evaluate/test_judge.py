@@ -43,7 +43,7 @@ def test_a_third_of_the_clips_is_blurred_and_a_third_gets_noise() -> None:
         change = (worn - sharp).std()
         rough = (worn.diff(dim=3).abs().mean() / sharp.diff(dim=3).abs().mean()).item()
         plain += change == 0
-        blurred += bool(change > 0 and rough < 1)
+        blurred += bool(change > 0 and rough <= 1)  # by next to nothing, some
         noisy += bool(change > 0 and rough > 1)
         assert change < 0.3
     assert plain + blurred + noisy == 30 and min(plain, blurred, noisy) >= 4
