@@ -28,7 +28,9 @@ def encode(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
     model: Annotated[
         str | None,
-        typer.Option(help="A diffusers text-to-video pipeline: a folder, or a hub id once fetched."),
+        typer.Option(
+            help="A diffusers text-to-video pipeline: a folder, or a hub id once fetched."
+        ),
     ] = None,
     size: Annotated[
         list[str] | None,

@@ -270,7 +270,7 @@ class Config:
 
     def values(self) -> dict[str, Any]:
         """Every value, defaults too, as plain JSON."""
-        value: dict[str, Any] = json.loads(self.spec.model_dump_json(by_alias=True))
+        value: dict[str, Any] = json.loads(self.spec.model_dump_json(by_alias=True, warnings=False))
         return value
 
     def error(self, path: tuple[str | int, ...], message: str) -> UserError:

@@ -89,7 +89,7 @@ class Ramp:
 
     def _mode(self, mode: Mode, passed: float, fp8: bool) -> dict[str, Any]:
         """A mode on the way: `near` where its own pattern has no keep to set."""
-        given: dict[str, Any] = mode.model_dump(mode="json", exclude_unset=True)
+        given: dict[str, Any] = mode.model_dump(mode="json", exclude_unset=True, warnings=False)
         if not fp8:
             given["dtype"] = "bf16"
         keep = self._keep(mode)

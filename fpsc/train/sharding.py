@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,8 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> No
     torch's own FSDP2: the plugin of accelerate shards on GPUs only, where no test without one
     could show that two processes train as one.
     """
+    # Nobody writes into what a model returns here, which is what the warning is about.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -111,7 +111,7 @@ def test_lora_leaves_adapters_that_diffusers_loads(folder: Path, no_inductor: No
     loaded = WanTransformer3DModel.from_pretrained(folder / "model")
     with torch.no_grad():
         plain = loaded(**inputs)[0]
-        loaded.load_lora_adapter(str(result.weights))
+        loaded.load_lora_adapter(str(result.weights), use_safetensors=True)
         found = loaded(**inputs)[0]
     assert relative_rms(found, expected) < 1e-6 < 1e-4 < relative_rms(plain, expected)
     names = {n for n, p in trainer.subject.model.named_parameters() if p.requires_grad}

@@ -93,7 +93,8 @@ def test_time_that_runs_from_noise_to_clean() -> None:
 
 def test_v_is_that_of_the_scheduler() -> None:
     scheduler: Any = CogVideoXDDIMScheduler(prediction_type="v_prediction")
-    ours, clips = objective(scheduler=dict(scheduler.config)), batch()
+    saved = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    ours, clips = objective(scheduler=saved), batch()
     assert ours.prediction == "v"
     noisy = ours.noisy(clips, drawn([0.9, 0.5, 0.1], clips))
     steps = torch.tensor([900, 500, 100])

@@ -9,7 +9,6 @@ import pytest
 from fpsc.grid import layout
 from fpsc.policy import Policy
 from fpsc.policy.resolve import plan, resolve
-from fpsc.policy.values import StepRange
 from fpsc.runtime import structure_of
 from fpsc.train import config
 from fpsc.train.ramp import STAGES, Ramp, trains
@@ -25,8 +24,9 @@ def keep_of(policy: Policy) -> list[float]:
     return table.keep(plan(policy, layout(GRID, policy.tile_for(GRID))))
 
 
-def ramp(keep: StepRange | None, fp8: int = 0, **options: bool) -> Ramp:
-    return Ramp(POLICY, config.Ramp(keep=keep, fp8=fp8), GRID, **options)
+def ramp(keep: str | None, fp8: int = 0, **options: bool) -> Ramp:
+    given = {"fp8": fp8} if keep is None else {"fp8": fp8, "keep": keep}
+    return Ramp(POLICY, config.Ramp.model_validate(given), GRID, **options)
 
 
 def test_without_one_every_step_has_the_policy() -> None:
@@ -37,15 +37,15 @@ def test_without_one_every_step_has_the_policy() -> None:
 
 
 def test_keep_falls_from_one_and_never_rises() -> None:
-    way = Ramp(POLICY, config.Ramp(keep=StepRange(10, 10 + 2 * STAGES)), GRID)
+    way = ramp(f"10..{10 + 2 * STAGES}")
     rows = [keep_of(way.at(step)) for step in range(20 + 2 * STAGES)]
     assert all(keep == 1 for row in rows[:11] for keep in row)
     assert rows[10 + 2 * STAGES] == keep_of(POLICY)
     for before, after in pairwise(rows):
         assert all(b >= a for b, a in zip(before, after, strict=True))
-    half = rows[10 + STAGES]  # half-way between 1 and 1 / 2, and between 1 and 1 / 12
-    assert half[1] == pytest.approx(0.75 - (0.75 - 7 / 12) / 4, abs=0.02) and half[0] == 1
-    assert half[2] == pytest.approx(7 / 12, abs=0.05)
+    # Half-way between 1 and 1 / 2 are 9 of the 12 tiles, between 1 and 1 / 12 they are 6.5.
+    half = rows[10 + STAGES]
+    assert half == pytest.approx([1, (3 * 9 + 6) / 4 / 12, 6 / 12])
     assert way.keep_at(0) == 1 and way.keep_at(500) == pytest.approx(1 / 12)
 
 
@@ -58,7 +58,7 @@ def test_fp8_begins_when_it_is_to() -> None:
 
 
 def test_the_structure_is_the_same_at_every_step() -> None:
-    way = ramp(StepRange(0, 100), fp8=50)
+    way = ramp("0..100", fp8=50)
     policies = [way.at(step) for step in (0, 49, 50, 99, 100)] + [way.dense, way.target]
     structures = [structure_of(policy) for policy in policies]
     assert all(structure == structures[0] for structure in structures)
@@ -66,7 +66,7 @@ def test_the_structure_is_the_same_at_every_step() -> None:
 
 
 def test_dense_is_dense_and_so_is_a_baseline() -> None:
-    way = ramp(StepRange(0, 4), baseline=True)
+    way = ramp("0..4", baseline=True)
     for policy in (way.dense, way.at(0), way.at(100)):
         assert set(keep_of(policy)) == {1.0} and not trains(policy, GRID)
     assert keep_of(way.target) == keep_of(POLICY)

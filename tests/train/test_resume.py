@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import resource
 import signal
@@ -15,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from fpsc.errors import UserError
-from fpsc.train.loop import Trainer, train
+from fpsc.train.loop import train
 from tests.train.common import configured, finished, losses, started
 
 LORA = {"method": "lora", "lora": {"rank": 4, "alpha": 8.0, "targets": ["to_q", "to_v"]}}
 
-PROCESSES = 1e-5
+PROCESSES = 2e-5
 """Largest relative difference between losses of two processes and of one: the order of sums."""
 
 
@@ -53,7 +52,7 @@ def test_a_run_that_is_killed_anywhere_ends_the_same(
     path.write_text(config.document.text)
     moments = random.Random(0)
     steps = 0
-    for _ in range(3):
+    for _ in range(2):
         process = started(path, checkout=checkout)
         log = folder / "killed" / "log.jsonl"
         seen = steps
@@ -149,9 +148,9 @@ def test_another_configuration_does_not_go_on(folder: Path, no_inductor: None) -
 
 @pytest.mark.parametrize("method", [{}, LORA], ids=["full", "lora"])
 def test_two_processes_train_as_one(
-    method: dict[str, Any], folder: Path, checkout: Path, no_inductor: None
+    method: dict[str, Any], folder: Path, checkout: Path, no_inductor: None, one_thread: None
 ) -> None:
-    """FSDP2 over gloo; the second half by one process, from the checkpoint of two."""
+    """FSDP2 over gloo, full and LoRA; then one process goes on from the checkpoint of two."""
     alone = configured(folder, output="alone", **method)
     assert train(alone) is not None
     config = configured(folder, output="together", **method)
@@ -159,21 +158,14 @@ def test_two_processes_train_as_one(
     path.write_text(config.document.text)
     finished(started(path, "2", processes=2, checkout=checkout))
     assert losses(folder / "together")[-1]["step"] == 2
-    finished(started(path, processes=2, checkout=checkout))
+    assert train(config) is not None
     ours, theirs = losses(folder / "together"), losses(folder / "alone")
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         if "loss" in b:
             assert a["loss"] == pytest.approx(b["loss"], rel=PROCESSES)
-            assert a["gradient"] == pytest.approx(b["gradient"], rel=1e-3)
+            assert a["gradient"] == pytest.approx(b["gradient"], rel=PROCESSES)
         else:
-            assert a["validation"]["sparse"] == pytest.approx(b["validation"]["sparse"], rel=1e-3)
-    result = json.loads((folder / "together" / "result.json").read_text())
-    assert result["processes"] == 2
-    trainer = Trainer(config)  # one process reads what two wrote
-    assert (
-        trainer.checkpoints.load(
-            trainer.checkpoints.found()[-1], trainer.subject, trainer.average, trainer.optimiser
-        ).step
-        == 4
-    )
+            for kind in ("dense", "sparse"):
+                expected = b["validation"][kind]
+                assert a["validation"][kind] == pytest.approx(expected, rel=PROCESSES)

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fpsc.demo.clips import clip
 from fpsc.errors import UserError
 from fpsc.models.build import ModelSpec
 from fpsc.models.inputs import patch
 from fpsc.quality.clips import ClipError
 from fpsc.train.data.clips import ClipFile, Size, load
+from fpsc.train.data.demo import Demo
 from fpsc.train.data.write import Encoded, Writer
 
 TRANSFORMER_INPUTS = frozenset({"hidden_states", "timestep"})
@@ -92,11 +94,11 @@ def encode(
     return result
 
 
-def _finite(clip: str, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
+def _finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    for part, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ClipError(
-                f"{clip}: {name}: expected finite numbers, found NaN or infinite ones; a --dtype "
+                f"{name}: {part}: expected finite numbers, found NaN or infinite ones; a --dtype "
                 "of a larger range may help"
             )
 
@@ -116,36 +118,33 @@ def held_out_names(names: Sequence[str], fraction: float) -> frozenset[str]:
 class DemoEncoder:
     """The demo's synthetic clips, through its codec: what the source `demo` draws, on disk."""
 
-    encoded: dict[str, Any] = {
-        "pipeline": "demo",
-        "model": "demo",
-        "vae": {"class": "fpsc.demo.model.encode_clip"},
-        "transformer": "WanTransformer3DModel",
-        "dtype": "float32",
-    }
+    @property
+    def encoded(self) -> dict[str, Any]:
+        return {
+            "pipeline": "demo",
+            "model": "demo",
+            "vae": {"class": "fpsc.demo.model.encode_clip"},
+            "transformer": "WanTransformer3DModel",
+            "dtype": "float32",
+        }
 
     def common(self) -> dict[str, Tensor]:
-        from fpsc.train.data.demo import Demo
-
         sample = Demo().sample(0)
         assert sample.beside is not None
         return {"beside": sample.beside, **_prefixed("empty.", sample.empty)}
 
     def jobs(self, clips: int, held_out: float) -> Iterator[Job]:
         """The first clips of either side."""
-        from fpsc.demo.clips import clip
-        from fpsc.train.data.demo import Demo
-
         aside = len(held_out_names([str(i) for i in range(clips)], held_out))
         for held, count in ((False, clips - aside), (True, aside)):
             source = Demo(held_out=held)
             for index in range(count):
-                _, scene = clip(source.first + index, frames=1)
-                name = f"demo#{source.first + index}"
-                yield Job(name, scene.prompt, held, partial(_demo_tensors, source, index))
+                seed = source.first + index
+                _, scene = clip(seed, frames=1)
+                yield Job(f"demo#{seed}", scene.prompt, held, partial(_drawn, source, index))
 
 
-def _demo_tensors(source: Any, index: int) -> dict[str, Tensor]:
+def _drawn(source: Demo, index: int) -> dict[str, Tensor]:
     sample = source.sample(index)
     return {"latents": sample.latents, **_prefixed("conditioning.", sample.conditioning)}
 
@@ -167,9 +166,10 @@ VAES = (
 
 def normalised(vae: Any, latents: Tensor) -> Tensor:
     """A VAE's latents [1, C, F, H, W] as the transformer takes them."""
+    buffers = dict(vae.named_buffers(recurse=False))
 
     def channels(name: str) -> Tensor | None:
-        values = getattr(vae, name, None)  # LTX: buffers
+        values = buffers.get(name)  # LTX
         if values is None:
             values = vae.config.get(name)
         if values is None:
@@ -252,15 +252,14 @@ class PipelineEncoder:
         frames, pixels = _strides(self.pipe)
         steps = patch(self.transformer.config)
         down, across = pixels * steps.y, pixels * steps.x
-        latent_frames = 1 + (size.frames - 1) // frames
-        if (size.frames - 1) % frames or latent_frames % steps.t:
-            near = [n for n in range(1, 2 + size.frames + 2 * frames * steps.t, frames)
-                    if (1 + (n - 1) // frames) % steps.t == 0]  # fmt: skip
-            best = min(near, key=lambda n: abs(n - size.frames))
+        # Latent frames are 1 + (frames - 1) / stride, in whole patches.
+        latent = 1 + (size.frames - 1) / frames
+        if latent % steps.t:
+            nearest = max(1, round(latent / steps.t)) * steps.t
             raise UserError(
                 f"--size {size}: {self.name} takes {frames} n + 1 frames"
                 + (f", with n + 1 a multiple of {steps.t}" if steps.t > 1 else "")
-                + f"; the nearest is {best}, found {size.frames}"
+                + f"; the nearest is {1 + (nearest - 1) * frames}, found {size.frames}"
             )
         if size.height % down or size.width % across:
             raise UserError(
@@ -278,16 +277,14 @@ class PipelineEncoder:
 
     def jobs(self, clips: Sequence[ClipFile], held_out: float) -> Iterator[Job]:
         """The clips of a list."""
-        aside = held_out_names([clip.name for clip in clips], held_out)
-        for clip in clips:
-            yield Job(clip.name, clip.caption, clip.name in aside, partial(self._tensors, clip))
+        aside = held_out_names([each.name for each in clips], held_out)
+        for each in clips:
+            held = each.name in aside
+            yield Job(each.name, each.caption, held, partial(self._tensors, each))
 
-    def _tensors(self, clip: ClipFile) -> dict[str, Tensor]:
-        frames = load(clip, self.sizes, self.fps)
-        return {
-            "latents": self.latents(frames),
-            **_prefixed("conditioning.", self.text(clip.caption)),
-        }
+    def _tensors(self, file: ClipFile) -> dict[str, Tensor]:
+        latents = self.latents(load(file, self.sizes, self.fps))
+        return {"latents": latents, **_prefixed("conditioning.", self.text(file.caption))}
 
     @torch.no_grad()
     def latents(self, frames: Tensor) -> Tensor:
@@ -306,7 +303,7 @@ class PipelineEncoder:
         found = normalised(self.vae, self.vae.encode(given).latent_dist.mode().float())[0]
         takes = self.transformer.config.get("in_channels", len(found))
         steps = patch(self.transformer.config)
-        packed = steps.tokens if OF_THE_CALL <= self.accepts.keys() else 1
+        packed = steps.tokens if self.accepts.keys() >= OF_THE_CALL else 1
         if takes != len(found) * packed:
             raise UserError(
                 f"{self.transformer.class_name} takes {takes} channels, the VAE makes {len(found)} "

@@ -53,7 +53,7 @@ def _check(sample: Sample, model: nn.Module) -> None:
     channels, *sizes = sample.latents.shape
     beside = 0 if sample.beside is None else len(sample.beside)
     steps = patch(config)
-    packed = steps.tokens if _OF_THE_SHAPE <= parameters.keys() else 1
+    packed = steps.tokens if parameters.keys() >= _OF_THE_SHAPE else 1
     if "in_channels" in config and config["in_channels"] != (channels + beside) * packed:
         more = f" and {beside} beside them" if beside else ""
         raise _unfit(

@@ -71,7 +71,7 @@ class Index(_Entry):
         shards: in the order in which they were written.
     """
 
-    version: Literal[1] = Field(default=SCHEMA, alias="fpsc-latents")
+    version: Literal[1] = Field(default=1, alias="fpsc-latents")
     encoded: dict[str, Any]
     common: Shard | None = None
     shards: tuple[Shard, ...] = ()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
+import numpy as np
+
 from fpsc.errors import UserError
 from fpsc.train.data.sample import Batch, Bucket, Bucketed, Source, collate
 
@@ -38,7 +40,7 @@ class Order:
 
     Epoch e of a run with global batches of g = ranks * size ends when a bucket of n samples has
     given floor((e + 1) n / g) batches. What is left over begins the bucket's next epoch, so none is
-    dropped. The batches of an epoch come in a shuffled order.
+    dropped. The batches of a bucket are spread over the epoch.
     """
 
     source: Source
@@ -84,10 +86,12 @@ class Order:
             (epoch + 1) * len(bucket) // batch - epoch * len(bucket) // batch
             for bucket in self.buckets
         ]
-        begins = [0, *accumulate(counts)]
-        at = permuted(step - self.steps_before(epoch, batch), begins[-1], self.seed, -1, epoch)
-        which = bisect_right(begins, at) - 1
-        return which, epoch * len(self.buckets[which]) // batch + at - begins[which]
+        at = step - self.steps_before(epoch, batch)
+        which, number = 0, at
+        if len(counts) > 1:
+            order = _interleaved(tuple(counts), self.seed, epoch)
+            which, number = int(order.which[at]), int(order.number[at])
+        return which, epoch * len(self.buckets[which]) // batch + number
 
     def _sample(self, which: int, position: int) -> int:
         """Index of a sample, by its position in all epochs of its bucket."""
@@ -103,6 +107,24 @@ class Order:
                     f"all ranks, found {len(bucket)}. Train with a smaller batch, encode more "
                     "clips of this shape, or name these shards in data.leave_out"
                 )
+
+
+@dataclass(frozen=True)
+class _Interleaved:
+    which: np.ndarray  # the bucket of each step of an epoch
+    number: np.ndarray  # how many of its batches come before in the epoch
+
+
+@lru_cache(maxsize=4)
+def _interleaved(counts: tuple[int, ...], seed: int, epoch: int) -> _Interleaved:
+    """Batch i of a bucket's k comes at a random time between i / k and (i + 1) / k of the epoch."""
+    words = [(value >> shift) & 0xFFFFFFFF for value in (seed, epoch) for shift in (0, 32)]
+    rng = np.random.RandomState(words)
+    times = np.concatenate([(np.arange(k) + rng.uniform(size=k)) / k for k in counts])
+    by_time = np.argsort(times, kind="stable")
+    which = np.repeat(np.arange(len(counts)), counts)
+    number = np.concatenate([np.arange(k) for k in counts])
+    return _Interleaved(which[by_time], number[by_time])
 
 
 def _shuffled(bucket: Bucket, at: int, seed: int, stream: int, epoch: int) -> int:

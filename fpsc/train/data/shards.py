@@ -304,8 +304,8 @@ def _parts(place: Place, files: frozenset[str] | None) -> list[Part]:
 def _without(parts: Sequence[Part], leave_out: Sequence[str]) -> Iterator[Part]:
     for part in parts:
         rows = [row for row in part.rows if not any(_leaves(n, part, row) for n in leave_out)]
-        yield part if len(rows) == len(part.rows) else Part(
-            part.place, part.index, part.shard, rows
+        yield (
+            part if len(rows) == len(part.rows) else Part(part.place, part.index, part.shard, rows)
         )
 
 

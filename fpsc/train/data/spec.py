@@ -62,9 +62,7 @@ def open_source(
     if place == DEMO:
         return Demo(held_out=held_out)
     shared = isinstance(spec, Data | Mapping) and data.train == data.validation
-    return open_shards(
-        place, held_out=held_out, shared=shared, leave_out=data.leave_out, base=base
-    )
+    return open_shards(place, held_out=held_out, shared=shared, leave_out=data.leave_out, base=base)
 
 
 def _section(spec: Data | Mapping[str, Any] | str | Path | Sequence[str]) -> Data:

@@ -60,7 +60,13 @@ def tokenizer() -> Any:
 def t5(cls: Any, config: Any) -> Any:
     return cls(
         config(
-            vocab_size=100, d_model=WIDTH, d_kv=4, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0
+            vocab_size=100,
+            d_model=WIDTH,
+            d_kv=4,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            pad_token_id=0,
         )
     )
 

@@ -46,7 +46,7 @@ def test_a_folder(tmp_path: Path) -> None:
         listed(tmp_path)
     (tmp_path / "a/b.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "a/c.txt").touch()
-    with pytest.raises(UserError, match="b.txt: expected text in UTF-8"):
+    with pytest.raises(UserError, match=r"b.txt: expected text in UTF-8"):
         listed(tmp_path)
 
 
@@ -74,7 +74,11 @@ def test_a_list(tmp_path: Path, keys: tuple[str, str], kind: str) -> None:
     [
         ("l.jsonl", '{"file": "a.mp4", "caption": "x"}\n{', "l.jsonl, line 2: expected JSON"),
         ("l.jsonl", "[1]", r"line 1: expected an object, .* found \[1\]"),
-        ("l.jsonl", '{"caption": "x"}', "line 1: expected the file of a clip as file or .* caption"),
+        (
+            "l.jsonl",
+            '{"caption": "x"}',
+            "line 1: expected the file of a clip as file or .* caption",
+        ),
         ("l.jsonl", '{"file": "a.mp4"}', "line 1: expected its caption as caption or text"),
         ("l.jsonl", '{"file": "b.mp4", "caption": "x"}', "line 1: expected a clip, found no file"),
         ("l.csv", "file,caption\na.mp4,x\na.mp4,y\n", "a.mp4 is there twice"),

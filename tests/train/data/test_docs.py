@@ -83,7 +83,9 @@ def test_a_pytorch_loop_and_a_ramp(
     changed = {
         name for name, value in model.named_parameters() if not torch.equal(value, loaded[0][name])
     }
-    assert {f"blocks.{i}.attn1.{part}.weight" for i in (0, 1) for part in ("to_q", "to_k")} <= changed
+    assert {
+        f"blocks.{i}.attn1.{part}.weight" for i in (0, 1) for part in ("to_q", "to_k")
+    } <= changed
     # The ramp, with the model that the loop left.
     seen: list[float] = []
     original = fpsc.set_policy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +115,7 @@ def test_patches_in_time_need_even_latent_frames() -> None:
     pipe = FAMILIES["cogvideox"].pipe
     spec = spec_of(pipe)
     paired = replace(spec, config={**spec.config, "patch_size_t": 2})
-    with pytest.raises(UserError, match="n \\+ 1 a multiple of 2; the nearest is (5|13), found 9"):
+    with pytest.raises(UserError, match="n \\+ 1 a multiple of 2; the nearest is 13, found 9"):
         PipelineEncoder(pipe, paired, model="tiny", sizes=[Size(9, 32, 48)])
     PipelineEncoder(pipe, paired, model="tiny", sizes=[Size(13, 32, 48)])
 
@@ -128,12 +127,12 @@ def test_what_else_a_model_takes_is_said() -> None:
     with pytest.raises(UserError, match="--guidance: WanTransformer3DModel is not told"):
         encoder_of(pipe, tiny.size, guidance=3.0)
     image = replace(spec, config={**spec.config, "in_channels": 36})
-    with pytest.raises(UserError, match="takes 36 channels, the VAE makes 16 .* text-to-video"):
+    with pytest.raises(UserError, match=r"takes 36 channels, the VAE makes 16 .* text-to-video"):
         PipelineEncoder(pipe, image, model="tiny", sizes=[Size(*tiny.size)]).latents(
             clip(*tiny.size)
         )
     other = replace(spec, class_name="MochiTransformer3DModel")
-    with pytest.raises(UserError, match="encode_prompt: .* needs encoder_attention_mask"):
+    with pytest.raises(UserError, match=r"encode_prompt: .* needs encoder_attention_mask"):
         PipelineEncoder(pipe, other, model="tiny", sizes=[Size(*tiny.size)]).text("a")
     pipe.vae = nn.Linear(1, 1)
     with pytest.raises(UserError, match="found Linear"):
@@ -330,7 +329,9 @@ def test_a_full_disk(model: Path, clips: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_demo_on_disk_is_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     told = json.loads(
-        encode("demo", "out", "--clips", "5", "--held-out", "0.4", "--per-shard", "2", "--json").stdout
+        encode(
+            "demo", "out", "--clips", "5", "--held-out", "0.4", "--per-shard", "2", "--json"
+        ).stdout
     )
     assert told["clips"] == 5 and told["held_out"] == 2 and told["shards"] == 3
     both = {"train": "out", "validation": "out"}
@@ -355,7 +356,10 @@ def test_the_demo_on_disk_is_the_demo(tmp_path: Path, monkeypatch: pytest.Monkey
         (["clips", "out", "--model", "nowhere/m", "--size", "5x32x48"], "hf download nowhere/m"),
         (["clips", "out", "--clips", "3"], "--clips is for demo"),
         (["demo", "out", "--size", "5x32x48"], "--size is for clips of files"),
-        (["nowhere", "out", "--model", "m", "--size", "5x32x48"], "there is no such file or folder"),
+        (
+            ["nowhere", "out", "--model", "m", "--size", "5x32x48"],
+            "there is no such file or folder",
+        ),
     ],
 )
 def test_bad_arguments(clips: Path, arguments: list[str], message: str) -> None:
@@ -372,7 +376,9 @@ def test_spec_of_is_what_is_found_on_disk(model: Path) -> None:
     """The other tests' short cut."""
     found, made = find_model(str(model)), spec_of(FAMILIES["wan"].pipe)
     assert found.class_name == made.class_name
-    public: Callable[[Any], dict[str, Any]] = lambda spec: {
-        k: v for k, v in json.loads(json.dumps(spec.config)).items() if k[:1] != "_"
-    }
+
+    def public(spec: Any) -> dict[str, Any]:
+        values = json.loads(json.dumps(spec.config))
+        return {key: value for key, value in values.items() if key[:1] != "_"}
+
     assert public(found) == public(made)

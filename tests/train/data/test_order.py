@@ -176,7 +176,9 @@ def test_seeds_differ(a: int, b: int) -> None:
 
 def test_epochs_differ() -> None:
     found = order(Plain(64), 0)
-    epochs = [[i for s in range(e * 8, e * 8 + 8) for i in found.indices(s, 0, 1, 8)] for e in (0, 1)]
+    epochs = [
+        [i for s in range(e * 8, e * 8 + 8) for i in found.indices(s, 0, 1, 8)] for e in (0, 1)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(64))
     assert epochs[0] != epochs[1] != list(range(64))
 

@@ -139,7 +139,10 @@ def test_clips_that_fit() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latents": torch.zeros(3, 2, 4, 6)}, "expected latents of 4 channels .* found 3$|found 3"),
+        (
+            {"latents": torch.zeros(3, 2, 4, 6)},
+            "expected latents of 4 channels .* found 3$|found 3",
+        ),
         ({"beside": torch.zeros(2, 2, 4, 6)}, "of 4 channels .* found 4 and 2 beside them"),
         ({"latents": torch.zeros(4, 2, 3, 6)}, "height is a multiple of 2, .* found 3"),
         ({"latents": torch.zeros(4, 2, 4, 5)}, "width is a multiple of 2, .* found 5"),
@@ -168,7 +171,7 @@ def test_pooled_embeddings_of_another_width() -> None:
         "encoder_attention_mask": torch.ones(7),
         "pooled_projections": torch.zeros(9),
     }
-    with pytest.raises(UserError, match="pooled_projections of width 8 .* found 9"):
+    with pytest.raises(UserError, match=r"pooled_projections of width 8 .* found 9"):
         check_fits(Some(sample(conditioning=text)), HunyuanVideoTransformer3DModel(**HUNYUAN))
 
 
@@ -178,7 +181,7 @@ def test_every_bucket_is_looked_at() -> None:
     class Two(Some):
         buckets = (Bucket(0, (1,), 1, "a"), Bucket(1, (1,), 1, "b"))
 
-    with pytest.raises(UserError, match="second: .* height"):
+    with pytest.raises(UserError, match=r"second: .* height"):
         check_fits(
             Two(sample("first"), sample("second", latents=torch.zeros(4, 2, 3, 6))), small_wan(1)
         )

@@ -33,7 +33,10 @@ def sample(number: int, shape: tuple[int, ...] = WIDE, dtype: torch.dtype = torc
     }
 
 
-COMMON = {"empty.encoder_hidden_states": torch.ones(7, 8), "conditioning.guidance": torch.tensor(6.0)}
+COMMON = {
+    "empty.encoder_hidden_states": torch.ones(7, 8),
+    "conditioning.guidance": torch.tensor(6.0),
+}
 
 
 def write(
@@ -62,7 +65,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def numbers(source: Source) -> list[int]:
     """Which samples of `sample` these are, by their latents."""
     known = {
-        sample(n, shape)["latents"].numpy().tobytes(): n for n in range(30) for shape in (WIDE, TALL)
+        sample(n, shape)["latents"].numpy().tobytes(): n
+        for n in range(30)
+        for shape in (WIDE, TALL)
     }
     return [known[source.sample(i).latents.numpy().tobytes()] for i in range(len(source))]
 
@@ -138,7 +143,9 @@ def test_several_folders_are_one_source(folder: Path) -> None:
     assert sorted(numbers(source)) == list(range(14))
     assert len(source.buckets) == 2  # type: ignore[attr-defined]
     write(Path("other"), range(2), vae="b")
-    with pytest.raises(UserError, match="latents and other were encoded by different VAEs: a and b"):
+    with pytest.raises(
+        UserError, match="latents and other were encoded by different VAEs: a and b"
+    ):
         open_source(["latents", "other"], held_out=False)
 
 
@@ -156,7 +163,7 @@ def test_one_folder_for_both(tmp_path: Path) -> None:
 def test_one_folder_for_both_with_nothing_held_out(folder: Path) -> None:
     data = Data(train="latents", validation="latents")
     assert len(open_source(data, held_out=False)) == 10
-    with pytest.raises(UserError, match="none of its clips is held out. .*--held-out"):
+    with pytest.raises(UserError, match=r"none of its clips is held out. .*--held-out"):
         open_source(data, held_out=True)
 
 
@@ -194,7 +201,7 @@ def test_a_name_to_leave_out_that_is_nowhere(folder: Path, name: str) -> None:
 
 def test_everything_is_left_out(folder: Path) -> None:
     names = [path.name for path in folder.glob("0*")]
-    with pytest.raises(UserError, match="found none: 10 are encoded, .*leave_out names 4"):
+    with pytest.raises(UserError, match=r"found none: 10 are encoded, .*leave_out names 4"):
         open_source({"train": "latents", "leave_out": names}, held_out=False)
 
 
@@ -302,7 +309,7 @@ def test_a_bad_index(folder: Path, text: str, message: str) -> None:
 
 
 def test_no_index(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected index.json, which `fpsc encode` writes"):
+    with pytest.raises(UserError, match=r"expected index.json, which `fpsc encode` writes"):
         open_source(str(tmp_path), held_out=False)
 
 
@@ -395,7 +402,7 @@ def test_a_shard_that_the_hub_has_not(hub: Hub) -> None:
 
 
 def test_a_dataset_without_an_index(hub: Hub) -> None:
-    with pytest.raises(UserError, match="hf://datasets/owner/clips: expected index.json"):
+    with pytest.raises(UserError, match=r"hf://datasets/owner/clips: expected index.json"):
         open_source("hf://datasets/owner/clips", held_out=False)
 
 
