@@ -8,7 +8,11 @@ A table stands between two markers, the first of which names the JSON, relative 
     <!-- table: bench/results/attention.json -->
     <!-- end of table -->
 
-The JSON is a record of `fpsc bench`.
+The JSON is a record of `fpsc bench`. A folder of records of bench/joint.py has several tables, named
+behind a #:
+
+    <!-- table: bench/results/joint#variants -->
+    <!-- end of table -->
 """
 
 from __future__ import annotations
@@ -37,10 +41,30 @@ def table_of(name: str, root: Path) -> str:
     Raises:
         SystemExit: there is no such file, or it is none that has a table.
     """
+    folder, of_folder, part = name.partition("#")
+    if of_folder:
+        return tuning_table(name, root / folder, part)
     try:
         return table(Run.load(root / name))
     except RecordError as error:
         sys.exit(f"{name}: expected a record of `fpsc bench`: {error}")
+
+
+def tuning_table(name: str, folder: Path, part: str) -> str:
+    """A table of a folder of records of bench/joint.py.
+
+    Raises:
+        SystemExit: there is no such table, or a record cannot be read.
+    """
+    from bench.tuning import tables  # imports torch
+    from bench.tuning.record import RecordError
+
+    if part not in tables.PARTS:
+        sys.exit(f"{name}: expected one of {', '.join(tables.PARTS)} behind the #, found {part!r}")
+    try:
+        return tables.PARTS[part](folder)
+    except RecordError as error:
+        sys.exit(f"{name}: {error}")
 
 
 def written(text: str, root: Path = ROOT, page: str = "the page") -> str:

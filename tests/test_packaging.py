@@ -21,7 +21,8 @@ from packaging.requirements import Requirement
 SOURCES = {"fpsc": "fpsc", "passes": "fpsc/passes", "kernels": "fpsc/kernels"}  # folder -> package
 DATA = (
     *("fpsc/py.typed", "fpsc/policy/presets/*.yaml", "fpsc/policy/*.json"),
-    *("fpsc/demo/weights/*", "fpsc/pages/*.html", "fpsc/pages/*.css"),
+    *("fpsc/demo/weights/*", "fpsc/demo/tuned/*", "fpsc/evaluate/weights/*"),
+    *("fpsc/pages/*.html", "fpsc/pages/*.css"),
     *("fpsc/train/recipes/*.yaml", "fpsc/train/*.json"),
 )
 BUILD_FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")

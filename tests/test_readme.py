@@ -12,7 +12,7 @@ import fpsc
 from fpsc.cli import app
 
 NAMES = (
-    *("benchmarks", "developing", "patterns", "policy", "quality", "tiles", "trainers"),
+    *("benchmarks", "developing", "joint", "patterns", "policy", "quality", "tiles", "trainers"),
     *("training", "training-data", "unmeasured"),
 )
 PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))

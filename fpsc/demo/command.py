@@ -19,18 +19,24 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the noise.")] = 0,
     steps: Annotated[int, typer.Option(min=2, max=200, help="Sampling steps.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("fpsc-demo"),
+    tuned: Annotated[
+        Path | None,
+        typer.Option(help="Weights that `fpsc train` wrote, in place of those that ship."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generate a clip twice from the same noise, dense and with backend="fpsattn".
 
-    Writes demo.gif, demo.png and demo.json into the folder. Exit status: 0; 1 where no attention
-    was replaced; 2 for input that cannot be used.
+    Where there are weights that were tuned jointly with a policy, that policy is used, and a third
+    clip shows what they make of it. Writes demo.gif, demo.png and demo.json into the folder. Exit
+    status: 0; 1 where no attention was replaced; 2 for input that cannot be used.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fpsc.cli.errors import UserError
     from fpsc.demo.clips import EXAMPLE, PromptError, parse_prompt
+    from fpsc.demo.model import tuned_weights
     from fpsc.demo.run import run
 
     try:
@@ -38,15 +44,19 @@ def demo(
     except PromptError as error:
         raise UserError(str(error)) from None
     columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn())
+    tuned = tuned or tuned_weights()
+    sides = ("dense", "fpsattn", *(("tuned",) if tuned else ()))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        tasks = {name: progress.add_task(name, total=steps) for name in ("dense", "fpsattn")}
+        tasks = {name: progress.add_task(name, total=steps) for name in sides}
 
         def on_step(label: str, done: int, total: int) -> None:
             task = tasks[label.split(":")[0]]
             progress.update(task, description=label, completed=done, total=total)
 
         try:
-            result = run(scene, seed, steps, out, on_step)
+            result = run(scene, seed, steps, out, on_step, tuned=tuned)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(str(error)) from None
         except OSError as error:
             raise UserError(f"{error}. Choose a folder that can be written with --out") from None
     if json:
@@ -71,10 +81,16 @@ def _show(result: "Result") -> None:
     for report in result.reports:
         console.print(str(report), markup=False, highlight=False)
 
-    table = Table("", "compile", f"{result.steps} steps", title="seconds", title_justify="left")
-    for name, side in (("dense", result.dense), ("fpsattn", result.fast)):
-        table.add_row(name, f"{side.compile_seconds:.1f}", f"{side.sample_seconds:.1f}")
+    table = Table(
+        *("", "compile", f"{result.steps} steps", "PSNR", "SSIM"),
+        title="seconds, and how near to the dense clip",
+        title_justify="left",
+    )
+    for name, side in result.sides.items():
+        seconds = f"{side.compile_seconds:.1f}", f"{side.sample_seconds:.1f}"
+        decibel, similarity = result.likeness(side)
+        likeness = ("", "") if name == "dense" else (f"{decibel:.1f} dB", f"{similarity:.3f}")
+        table.add_row(name, *seconds, *likeness)
     console.print(table)
-    console.print(f"PSNR {result.psnr:.1f} dB, SSIM {result.ssim:.3f} between the two clips\n")
     for path in result.files:
         console.print(str(path), markup=False, highlight=False)

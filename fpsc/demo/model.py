@@ -103,6 +103,13 @@ def shipped_weights() -> Path:
     return Path(str(importlib.resources.files("fpsc.demo"))) / "weights"
 
 
+def tuned_weights() -> Path | None:
+    """The folder of the weights that were tuned jointly with the policy beside them, if they come
+    with the package."""
+    folder = shipped_weights().with_name("tuned")
+    return folder if (folder / "config.json").is_file() else None
+
+
 def load_model(
     folder: Path | None = None, dtype: torch.dtype = torch.float32
 ) -> WanTransformer3DModel:

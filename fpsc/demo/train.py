@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ import diffusers
 import numpy as np
 import torch
 import typer
-from diffusers import WanTransformer3DModel
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -218,11 +217,11 @@ def training_batch(recipe: Recipe, step: int) -> Batch:
     return Batch(clean, noise, torch.stack(text), sigma, stage.places)
 
 
-def losses(model: WanTransformer3DModel, batch: Batch, sigma_floor: float) -> torch.Tensor:
+def losses(model: Callable[..., Any], batch: Batch, sigma_floor: float) -> torch.Tensor:
     """Mean squared error of the velocity that each prediction implies.
 
-    The model predicts the clean latent x0; velocity = (noisy - x0) / sigma, so the error of x0
-    counts 1 / sigma^2, with sigma no smaller than `sigma_floor`.
+    The (compiled) model predicts the clean latent x0; velocity = (noisy - x0) / sigma, so the error
+    of x0 counts 1 / sigma^2, with sigma no smaller than `sigma_floor`.
 
     Returns:
         float32 [B].
@@ -235,7 +234,7 @@ def losses(model: WanTransformer3DModel, batch: Batch, sigma_floor: float) -> to
 
 @torch.no_grad()
 def validation_loss(
-    model: WanTransformer3DModel,
+    model: Callable[..., Any],
     clips: int,
     sigmas: Sequence[float],
     sigma_floor: float,

@@ -31,9 +31,20 @@ from fpsc.demo.model import (
     save_model,
     with_places,
 )
-from fpsc.demo.run import generate, run, sample, start_noise
+from fpsc.demo.run import Start, generate, run, sample, start_noise
+from fpsc.policy import Policy
+from fpsc.policy.load import BESIDE
 
 SCENE = parse_prompt(EXAMPLE)
+
+# Of the 16 tiles, 2, at every noise level.
+SPARSE = {
+    "fpsc": 1,
+    "name": "sparse",
+    "modes": {"fast": {"pattern": "near", "keep": 0.125, "dtype": "fp8"}},
+    "schedule": [{"noise": "1.00..0.00", "use": "fast"}],
+    "limits": {"min_tokens": 0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +55,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(model.proj_out.weight, std=0.05)
     folder = tmp_path_factory.mktemp("weights")
     save_model(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other weights of the same shape, with a policy beside them."""
+    torch.manual_seed(1)
+    model = build_model(heads=1, layers=1, ffn_dim=32)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.05)
+    folder = tmp_path_factory.mktemp("tuned")
+    save_model(model, folder)
+    Policy.from_dict(SPARSE).save_beside(folder)
     return folder
 
 
@@ -112,12 +135,8 @@ def test_sampling_compiles_once(weights: Path) -> None:
     noise = start_noise(0)[:, :, :2, :16, :16].contiguous()
     side = generate(
         "dense",
-        load_model(weights),
-        encode_prompt(SCENE),
-        noise,
-        4,
-        lambda label, done, total: labels.append((label, done, total)),
-        backend=backend,
+        torch.compile(load_model(weights), backend=backend),
+        Start(encode_prompt(SCENE), noise, 4, lambda *told: labels.append(told)),
     )
     assert compiled == 1
     assert labels[0] == ("dense: compiling", 0, 4) and labels[-1] == ("dense: sampling", 4, 4)
@@ -137,13 +156,55 @@ def test_a_run_from_end_to_end(weights: Path, tmp_path: Path) -> None:
     assert sum(phase.forwards for phase in report.phases) == 5
     found = json.loads((tmp_path / "new" / "folder" / "demo.json").read_text())
     assert found == json.loads(json.dumps(result.as_dict()))
-    assert found["prompt"] == EXAMPLE and found["psnr_db"] == pytest.approx(result.psnr, abs=0.01)
+    assert found["prompt"] == EXAMPLE and found["tuned"] is None
+    decibel, _ = result.likeness(result.fast)
+    assert found["psnr_db"] == pytest.approx(decibel, abs=0.01)
     # Sparse and FP8 differ from dense, and not by much.
     assert 15 < found["psnr_db"] < 80 and 0.5 < found["ssim"] <= 1
     assert not torch.equal(result.dense.clip, result.fast.clip)
     for path in result.files:
         assert path.stat().st_size > 0
     assert len(fpsc.reports()) == 1
+
+
+def test_tuned_weights_are_a_third_clip_under_their_own_policy(
+    weights: Path, tuned: Path, tmp_path: Path
+) -> None:
+    result = run(SCENE, 0, 3, tmp_path, weights=weights, tuned=tuned)
+    assert result.tuned is not None and result.policy == "sparse"
+    # What was compiled for the first weights now computes with the second, and compiled once.
+    model = torch.compile(
+        load_model(tuned), backend="fpsattn", options={"policy": Policy.from_dict(SPARSE)}
+    )
+    expected = sample(model, encode_prompt(SCENE), start_noise(0), 3)
+    torch.testing.assert_close(result.tuned.clip, expected, rtol=0, atol=1e-3)
+    assert (result.tuned.clip - result.fast.clip).abs().max() > 0.05
+    (report,) = result.reports
+    assert [phase.keep for phase in report.phases] == [0.125]
+    assert sum(phase.forwards for phase in report.phases) == 3 + 1 + 3
+    found = json.loads((tmp_path / "demo.json").read_text())
+    assert found["tuned"]["ssim"] == pytest.approx(result.likeness(result.tuned)[1], abs=1e-4)
+    assert list(found["seconds"]) == ["dense", "fpsattn", "tuned"]
+    assert list(result.clips) == [
+        "dense",
+        "sparse FP8, not trained for it",
+        "sparse FP8, jointly tuned",
+    ]
+
+
+def test_tuned_weights_that_cannot_be_used(weights: Path, tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=BESIDE):
+        run(SCENE, 0, 2, tmp_path, weights=weights, tuned=weights)
+    other = tmp_path / "other"
+    save_model(build_model(heads=1, layers=2, ffn_dim=32), other)
+    Policy.from_dict(SPARSE).save_beside(other)
+    with pytest.raises(ValueError, match=r"another model.*blocks\.1.*absent.*model: demo"):
+        run(SCENE, 0, 2, tmp_path, weights=weights, tuned=other)
+    done = CliRunner().invoke(
+        app, ["demo", "--tuned", str(other), "--out", str(tmp_path), "--json"]
+    )
+    assert done.exit_code == 2
+    assert "another model" in json.loads(done.stdout)["error"]
 
 
 def test_a_prompt_outside_the_language_names_the_vocabulary(tmp_path: Path) -> None:

@@ -1,0 +1,229 @@
+"""What is compared: how each variant is trained, and under which policy it then runs.
+
+All variants start from the demo's dense weights. Those of one seed see the same clips, noise and
+timesteps, for as many steps, and sample from the same noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Document = dict[str, Any]
+
+SEEDS = (0, 1, 2)
+DENSE, CONTROL = "dense", "control"
+
+
+# A tile is a strip of one frame, 4 tokens wide. The demo's model compares places that are far apart
+# in a frame: with the tile of `auto`, 4x4x8 tokens, a quarter of the tiles leaves most of that out.
+TILE = [1, 16, 4]
+
+
+def near(keep: float, scales: str = "tile") -> Document:
+    """An FP8 mode of the nearest tiles; one frame further is as far as one tile further."""
+    return {
+        "pattern": "near",
+        "weights": [4.0, 1.0, 1.0],
+        "keep": keep,
+        "dtype": "fp8",
+        "scales": {"qk": scales, "v": "channel"},
+    }
+
+
+def policy(name: str, modes: Mapping[str, Document], *schedule: tuple[str, str]) -> Document:
+    """A policy for the demo's model; schedule: (noise, mode)."""
+    return {
+        "fpsc": 1,
+        "name": name,
+        "for": {"grid": [8, 16, 16]},
+        "tile": TILE,
+        "modes": dict(modes),
+        "schedule": [{"noise": noise, "use": mode} for noise, mode in schedule],
+        "limits": {"min_tokens": 0, "unsupported": "dense"},
+    }
+
+
+# Thirds of the 20 steps of the demo's sampler begin at noise 1, 0.92 and 0.75.
+THIRDS = ("1.00..0.92", "0.92..0.75", "0.75..0.00")
+
+# The paper's order: sparse and coarse early, dense and fine in the middle, intermediate late.
+PAPER = policy(
+    "demo-paper",
+    {
+        "early": near(0.125, "coarse"),
+        "middle": near(0.25, "fine"),
+        "late": near(0.1875, "intermediate"),
+    },
+    *zip(THIRDS, ("early", "middle", "late"), strict=True),
+)
+# Ours for weights that were not trained for it: nothing is left out while the layout is decided.
+SAFE = policy(
+    "demo-safe",
+    {
+        "dense": {"keep": 1.0, "dtype": "bf16"},
+        "middle": near(0.25),
+        "late": near(0.125),
+    },
+    *zip(THIRDS, ("dense", "middle", "late"), strict=True),
+)
+# As much work as the paper's order takes on average, the same at every step.
+CONSTANT = policy(
+    "demo-constant", {"always": near(0.1875, "intermediate")}, ("1.00..0.00", "always")
+)
+NOTHING = policy("demo-dense", {"dense": {"keep": 1.0, "dtype": "bf16"}}, ("1.00..0.00", "dense"))
+
+
+def without_fp8(given: Document) -> Document:
+    """The same tiles, in the input's dtype."""
+    modes = {
+        name: {key: value for key, value in mode.items() if key != "scales"} | {"dtype": "bf16"}
+        for name, mode in given["modes"].items()
+    }
+    return given | {"name": f"{given['name']}-sparse", "modes": modes}
+
+
+def without_sparsity(given: Document) -> Document:
+    """The same precision, every tile visited."""
+    modes = {
+        name: {k: v for k, v in mode.items() if k not in ("pattern", "weights")} | {"keep": 1.0}
+        for name, mode in given["modes"].items()
+    }
+    return given | {"name": f"{given['name']}-fp8", "modes": modes}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to get fast attention.
+
+    Attributes:
+        name: of its runs and its row.
+        title: the row in words.
+        train: the policy that it is trained with; None where it is not trained.
+        run: the policy that it is validated and sampled with.
+        v_scale: `channel`, or `tensor` for one scale of V in each head.
+        untrained: the variant that it is compared with: the same policy, not trained.
+        baseline: trained with dense attention, whatever `train` says.
+        ablation: of one part of the policy; those are run last.
+    """
+
+    name: str
+    title: str
+    train: Document | None
+    run: Document
+    v_scale: str = "channel"
+    untrained: str = ""
+    baseline: bool = False
+    ablation: bool = False
+
+
+def _family(suffix: str, words: str, given: Document) -> tuple[Variant, ...]:
+    untrained = f"untrained{suffix}"
+    return (
+        Variant(untrained, f"{words}: not trained", None, given),
+        Variant(
+            *(f"sparse{suffix}", f"{words}: trained sparse, without FP8"),
+            *(without_fp8(given), given),
+            untrained=untrained,
+        ),
+        Variant(
+            *(f"fp8{suffix}", f"{words}: trained in FP8, every tile"),
+            *(without_sparsity(given), given),
+            untrained=untrained,
+        ),
+        Variant(f"joint{suffix}", f"{words}: trained jointly", given, given, untrained=untrained),
+    )
+
+
+_VARIANTS = (
+    Variant(DENSE, "dense, as it ships", None, NOTHING),
+    Variant(CONTROL, "dense, trained on", PAPER, NOTHING, baseline=True),
+    *_family("", "paper's order", PAPER),
+    *_family("-safe", "dense early", SAFE),
+    Variant("untrained-constant", "constant: not trained", None, CONSTANT, ablation=True),
+    Variant(
+        *("joint-constant", "constant: trained jointly", CONSTANT, CONSTANT),
+        untrained="untrained-constant",
+        ablation=True,
+    ),
+    Variant(
+        *("untrained-v-tensor", "paper's order, one scale for V: not trained", None, PAPER),
+        v_scale="tensor",
+        ablation=True,
+    ),
+    Variant(
+        *("joint-v-tensor", "paper's order, one scale for V: trained jointly", PAPER, PAPER),
+        v_scale="tensor",
+        untrained="untrained-v-tensor",
+        ablation=True,
+    ),
+)
+VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _VARIANTS}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything: the same for all variants. The defaults are the experiment's.
+
+    Attributes:
+        training: the sections of `fpsc train`'s configuration that say how, as in its file.
+        model: `demo`, or a folder of weights that all start from.
+        validation_clips, noise: of the validation loss.
+        clips, steps: of a set of samples.
+    """
+
+    training: Document = field(
+        default_factory=lambda: {
+            "objective": {
+                "prediction": "sample", "levels": "uniform", "shift": 6.0, "floor": 0.1,
+                "no_prompt": 0.1,
+            },
+            "optimiser": {
+                "lr": 3e-4, "betas": [0.9, 0.98], "warmup": 20, "decay": "cosine", "steps": 400,
+                "batch": 2,
+            },
+            "ema": 0.98,
+            "precision": "fp32",
+        }
+    )  # fmt: skip
+    model: str = "demo"
+    seeds: tuple[int, ...] = SEEDS
+    validation_clips: int = 8
+    noise: tuple[float, ...] = (0.98, 0.9, 0.75, 0.5, 0.25, 0.1)
+    clips: int = 48
+    steps: int = 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant with a seed: of the order of clips, of noise and timesteps, and of the samples."""
+
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}-s{self.seed}"
+
+    def settings(self, scale: Scale) -> Document:
+        """Everything that its result depends on, as plain JSON. More seeds change no run."""
+        variant, how = asdict(self.variant), asdict(scale)
+        told = {key: variant[key] for key in ("train", "run", "v_scale", "baseline")}
+        del how["seeds"]
+        found: Document = json.loads(json.dumps({"seed": self.seed, **told, "scale": how}))
+        return found
+
+
+def runs(scale: Scale) -> dict[str, Run]:
+    """All runs by name, what others need first, then seed by seed, the ablations last."""
+    found = [Run(VARIANTS[DENSE], seed) for seed in scale.seeds]
+    for ablation in (False, True):
+        found += [
+            Run(variant, seed)
+            for seed in scale.seeds
+            for variant in VARIANTS.values()
+            if variant.ablation is ablation and variant.name != DENSE
+        ]
+    return {run.name: run for run in found}

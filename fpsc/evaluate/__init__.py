@@ -1,0 +1,1 @@
+"""How good the clips of a model are beside those of another: distance, and what they show."""
