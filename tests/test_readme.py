@@ -11,7 +11,10 @@ import typer
 import fpsc
 from fpsc.cli import app
 
-NAMES = ("benchmarks", "developing", "patterns", "policy", "quality", "tiles", "unmeasured")
+NAMES = (
+    *("benchmarks", "developing", "patterns", "policy", "quality", "tiles", "trainers"),
+    *("training-data", "unmeasured"),
+)
 PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
 
 

@@ -6,6 +6,7 @@ import typer
 
 from fpsc.cli.bench import app as bench
 from fpsc.cli.compare import compare
+from fpsc.cli.encode import encode
 from fpsc.cli.errors import reports_errors
 from fpsc.cli.inspect import inspect
 from fpsc.cli.policy import app as policy
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (compare, demo, inspect, version):
+for command in (compare, demo, encode, inspect, version):
     app.command()(reports_errors(command))
 app.add_typer(bench)
 app.add_typer(policy)

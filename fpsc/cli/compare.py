@@ -167,6 +167,7 @@ def _pair(
 ) -> "tuple[Pair, dict[str, Any]]":
     import torch
 
+    from fpsc.models.pipelines import load_pipeline
     from fpsc.policy import PolicyError, find
     from fpsc.quality.generate import pair
 
@@ -183,7 +184,10 @@ def _pair(
             find(policy)
         except PolicyError as error:
             raise UserError(str(error)) from error
-    pipe = _pipeline(model, kind, on, text="prompt" in arguments)
+    unused = () if "prompt" in arguments else ("text_encoder", "tokenizer")
+    pipe = load_pipeline(
+        model, getattr(torch, kind.value), on, without=unused, otherwise=": give B too"
+    )
     pipe.set_progress_bar_config(disable=True)  # the command has its own
     tasks: dict[str, Any] = {}
 
@@ -223,37 +227,6 @@ def _tensors(path: Path) -> dict[str, Any]:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise UserError(f"--inputs {path} cannot be read as safetensors: {error}") from error
-
-
-def _pipeline(model: str, dtype: Dtype, device: str, *, text: bool) -> Any:
-    """Load a pipeline; never from the network, and no code or pickle of its folder.
-
-    text: whether a prompt has to be encoded; without, what encodes it is not loaded.
-    """
-    import torch
-    from diffusers import DiffusionPipeline
-
-    path = Path(model).expanduser()
-    if path.exists() and not (path / "model_index.json").is_file():
-        raise UserError(f"{path} is no diffusers pipeline (no model_index.json): give B too")
-    name = str(path) if path.exists() else model
-    try:
-        parts = DiffusionPipeline.load_config(name, local_files_only=True)
-        unused = [] if text else [p for p in parts if p.startswith(("text_encoder", "tokenizer"))]
-        pipe = DiffusionPipeline.from_pretrained(
-            name,
-            torch_dtype=getattr(torch, dtype.value),
-            local_files_only=True,
-            use_safetensors=True,
-            **dict.fromkeys(unused),
-        )
-    except (OSError, ValueError) as error:
-        hint = "" if path.exists() else f"; to fetch it: hf download {model}"
-        raise UserError(f"{model} is neither a clip nor a pipeline here: {error}{hint}") from error
-    try:
-        return pipe.to(device)
-    except RuntimeError as error:
-        raise UserError(f"--device {device}: {error}") from error
 
 
 def _compare(

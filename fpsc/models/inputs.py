@@ -132,12 +132,18 @@ class _Request:
         return self.floats(self.batch, channels, t, y, x)
 
 
+TEXT_WIDTHS = (
+    "text_dim",
+    "text_embed_dim",
+    "caption_channels",
+    "joint_attention_dim",
+    "cross_attention_dim",
+)
+"""Settings that name the width of a text embedding; the first one that a model has."""
+
+
 def _text(r: _Request) -> torch.Tensor:
-    width = r.width(
-        "text_dim", "text_embed_dim", "caption_channels", "joint_attention_dim",
-        "cross_attention_dim",
-    )  # fmt: skip
-    return r.floats(r.batch, r.text_tokens, width)
+    return r.floats(r.batch, r.text_tokens, r.width(*TEXT_WIDTHS))
 
 
 def _image_tokens(r: _Request) -> torch.Tensor | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +104,19 @@ def _stacked(images: Iterable[np.ndarray], path: Path) -> torch.Tensor:
     return from_bytes(torch.from_numpy(np.stack(levels)))
 
 
-def _video(path: Path) -> Clip:
+@contextmanager
+def video_frames(
+    path: Path,
+) -> Iterator[tuple[Iterator[tuple[float | None, np.ndarray]], float | None]]:
+    """The frames of a video, decoded one by one as they are asked for, and its frames per second.
+
+    Yields:
+        ((seconds from the start of the stream, uint8 [H, W, 3]) of each frame, fps); what the file
+        does not say is None.
+
+    Raises:
+        ClipError: it cannot be read as a video, or PyAV is not installed.
+    """
     try:
         import av
     except ImportError as error:
@@ -116,10 +129,14 @@ def _video(path: Path) -> Clip:
                 raise ClipError(f"{path}: expected a video, found no stream of pictures")
             stream = container.streams.video[0]
             fps = float(stream.average_rate) if stream.average_rate else None
-            images = (frame.to_ndarray(format="rgb24") for frame in container.decode(stream))
-            return Clip(_stacked(images, path), fps, str(path))
+            yield ((f.time, f.to_ndarray(format="rgb24")) for f in container.decode(stream)), fps
     except (av.FFmpegError, OSError) as error:
         raise ClipError(f"{path} cannot be read as a video: {error}") from error
+
+
+def _video(path: Path) -> Clip:
+    with video_frames(path) as (frames, fps):
+        return Clip(_stacked((image for _, image in frames), path), fps, str(path))
 
 
 def _moving(path: Path) -> Clip:

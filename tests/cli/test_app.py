@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fpsc.cli import app
 
-COMMANDS = ("compare", "demo", "inspect", "version")
+COMMANDS = ("compare", "demo", "encode", "inspect", "version")
 
 
 def run_python(code: str, cwd: Path) -> str:
@@ -20,7 +20,9 @@ def run_python(code: str, cwd: Path) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["inspect", "--help"], ["demo", "--help"], ["encode", "--help"]]
+)
 def test_help_does_not_import_torch(arguments: list[str], checkout: Path) -> None:
     printed = run_python(
         "import sys; from fpsc.cli import app\n"

@@ -1,0 +1,1 @@
+"""Fine-tuning of video diffusion transformers with their attention sparse and in FP8."""
