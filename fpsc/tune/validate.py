@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -67,7 +68,8 @@ class Validation:
             "error": round(self.error, 5),
         }
         if self.psnr:
-            found["psnr_db"] = round(statistics.fmean(self.psnr), 2)
+            mean = statistics.fmean(self.psnr)
+            found["psnr_db"] = round(mean, 2) if math.isfinite(mean) else None
         if self.predicted is not None:
             found |= {"predicted": round(self.predicted, 5), "wrong_by": round(self.factor, 3)}
         return found
