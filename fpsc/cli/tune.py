@@ -132,6 +132,9 @@ def tune(
         raise UserError("name a MODEL (`fpsc tune demo`), or a calibration with --from")
     budgets = [parse(text) for text in budget or ["keep=0.25"]]
     wishes = Wishes(monotone=monotone, smooth=smooth, lines=lines)
+    settings = _settings(
+        measure, carried, bins, edges, pattern, keep, mode_dtype, scales, cost, seed
+    )
     _writable(out)
     subject = None
     if model is not None:
@@ -149,9 +152,6 @@ def tune(
             calibration = Calibration.load(from_)
         else:
             assert subject is not None
-            settings = _settings(
-                measure, carried, bins, edges, pattern, keep, mode_dtype, scales, cost, seed
-            )
             if subject.prompts < measure + held_out:
                 raise UserError(
                     f"{subject.prompts} prompts, and --measure {measure} and --held-out {held_out} "

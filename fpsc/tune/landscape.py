@@ -46,7 +46,7 @@ def built_in(calibration: Calibration) -> tuple[list[Landmark], list[str]]:
     seen: list[Policy] = []
     for name in sorted(presets(), key=lambda name: (name != PAPER, "generic" not in name, name)):
         policy = find(name)
-        if name == DENSE or any(_alike(policy, other) for other in seen):
+        if name == DENSE or any(alike(policy, other) for other in seen):
             continue
         seen.append(policy)
         try:
@@ -56,7 +56,7 @@ def built_in(calibration: Calibration) -> tuple[list[Landmark], list[str]]:
     return found, left_out
 
 
-def _alike(a: Policy, b: Policy) -> bool:
+def alike(a: Policy, b: Policy) -> bool:
     """Whether both do the same on one model, whatever they are called and for."""
     parts = [(list(p.modes.values()), p.schedule, p.rules, p.tile) for p in (a, b)]
     named = [[p.modes[phase.use] for phase in p.schedule] for p in (a, b)]

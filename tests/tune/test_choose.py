@@ -113,7 +113,7 @@ def test_a_policy_says_what_was_chosen(form: str, tmp_path: Path) -> None:
             assert name == calibration.names[choice[b, layer, head]]
     # Whoever reads the file predicts what was predicted of the choice.
     again = predict.of_policy(calibration, Policy.load(path))
-    assert again == predict.of_choice(calibration, choice)
+    assert again.as_dict() == predict.of_choice(calibration, choice).as_dict()
     assert policy.limits.min_tokens == 0  # 240 tokens would stay dense by the default
     assert {mode.dtype for mode in policy.modes.values()} == {"bf16", "fp8"}
     assert policy.mismatches(grid=(3, 8, 12)) and not policy.mismatches(grid=(3, 8, 10))
@@ -133,7 +133,7 @@ def test_a_policy_of_other_edges_and_modes() -> None:
     )
     mode = calibration.names.index("near-0_25-fp8")
     expected = predict.of_choice(calibration, choose.uniform(calibration, mode))
-    assert predict.of_policy(calibration, fine) == expected
+    assert predict.of_policy(calibration, fine).as_dict() == expected.as_dict()
     with pytest.raises(predict.NotMeasured, match="coarse"):
         predict.of_policy(
             calibration,
