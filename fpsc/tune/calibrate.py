@@ -115,7 +115,13 @@ def calibrate(
     """
     settings.check(subject.prompts)
     (rank, processes), wait = _processes()
-    described = {**asdict(settings), "model": subject.name, "class": type(subject.model).__name__}
+    described = {
+        **asdict(settings),
+        "model": subject.name,
+        "class": type(subject.model).__name__,
+        "sampling": dict(subject.about),
+        "order": list(settings.candidates),
+    }
     target = folder / FILE
     if rank == 0:  # before the others look
         if fresh:
@@ -159,7 +165,7 @@ class _Work:
         if not missing:
             return
         with Instrument(self.subject.model, self.candidates, self.subject.options) as instrument:
-            clock = Clock(self.tell, len(missing) * self.settings.bins)
+            clock = Clock(self.tell, missing)
             try:
                 for prompt in missing:
                     self._prompt(instrument, prompt, clock)
@@ -204,6 +210,7 @@ class _Work:
                 instrument.use(self._only_in(run, b))
                 found = self.subject.sample(prompt)
                 self.parts.keep(name, {"carried": np.array(relative_square(found, dense))})
+            clock.done += 1
         instrument.use(None)
 
     def _run(self, instrument: Instrument, calls: Sequence[Call]) -> Run:
@@ -349,7 +356,7 @@ def merge(subject: Subject, settings: Settings, parts: Parts) -> Calibration:
         [parts.read(damage_name(p, b)) for b in range(run.bins)] for p in range(settings.prompts)
     ]
     carried = [
-        [parts.read(carried_name(p, b))["carried"] for b in range(run.bins)]
+        [parts.read(carried_name(p, b))["carried"].item() for b in range(run.bins)]
         for p in range(settings.carried)
     ]
 
@@ -386,32 +393,32 @@ def merge(subject: Subject, settings: Settings, parts: Parts) -> Calibration:
 
 
 class Clock:
-    """Says how long it will take: before anything is measured by what was timed so far, and then by
-    what was measured."""
+    """Says how long it will take, before anything is measured, and then how far it is.
 
-    def __init__(self, tell: Tell, total: int) -> None:
-        self.tell, self.total, self.done = tell, total, 0
+    prompts: those of which something is missing.
+    """
+
+    def __init__(self, tell: Tell, prompts: Sequence[int]) -> None:
+        self.tell, self.prompts = tell, prompts
+        self.done = self.total = 0
         self.run_seconds = 0.0
-        self._began = 0.0
-        self._expected: float | None = None
 
     def begin(self, run: Run, settings: Settings) -> None:
         """Called once a prompt's dense run is over; estimates at the first one."""
-        if self._began:
+        if self.total:
             return
-        self._began = time.perf_counter()
-        self.total = self.total // settings.bins * run.bins
-        forward = self.run_seconds / len(run.steps)
-        prompts = self.total / run.bins
-        seconds = prompts * self.run_seconds + self.total * 4 * forward
-        seconds += min(settings.carried, prompts) * run.bins * self.run_seconds
+        forwards = run.bins * len(self.prompts)
+        again = run.bins * sum(p < settings.carried for p in self.prompts)
+        self.total = forwards + again
+        # A forward and backward for each bin; the dense runs, and those that are sparse in one bin.
+        seconds = forwards * 4 * self.run_seconds / len(run.steps)
+        seconds += (len(self.prompts) + again) * self.run_seconds
+        least = "more than "
         if run.cost.kind == "measured":
             site = sum(run.cost.heads) * run.heads * settings.probes
-            seconds += self.total * run.layers * site
-        self._expected = seconds
-        least = "" if run.cost.kind == "measured" else "more than "
+            seconds, least = seconds + forwards * run.layers * site, ""
         self.tell(
-            f"{self.total} forwards of {run.layers} layers x {run.heads} heads x "
+            f"{forwards} forwards of {run.layers} layers x {run.heads} heads x "
             f"{len(run.keep)} modes: {least}{duration(seconds)}"
         )
 

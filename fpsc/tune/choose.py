@@ -55,7 +55,10 @@ class Chosen:
     simple_predicted: Prediction | None
 
 
-def choose(calibration: Calibration, budget: Budget, wishes: Wishes = Wishes()) -> Chosen:
+NOTHING = Wishes()
+
+
+def choose(calibration: Calibration, budget: Budget, wishes: Wishes = NOTHING) -> Chosen:
     """Solve a calibration for a budget.
 
     Raises:
@@ -94,7 +97,7 @@ def choose(calibration: Calibration, budget: Budget, wishes: Wishes = Wishes()) 
     )
 
 
-def front(calibration: Calibration, wishes: Wishes = Wishes(), n: int = FRONT) -> list[Chosen]:
+def front(calibration: Calibration, wishes: Wishes = NOTHING, n: int = FRONT) -> list[Chosen]:
     """Solutions from the lowest keep to the dense run, evenly spaced by ratio."""
     low = min(calibration.run.keep)
     found = []

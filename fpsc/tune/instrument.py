@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from fpsc import roots, runtime
 from fpsc.backend import rewrite_graph
@@ -32,6 +34,10 @@ from fpsc.report import Report, reports
 from fpsc.runtime import ModelState
 from fpsc.tune.measure import SITE, Measurement, Observed
 from fpsc.unseen import FLAGS
+
+
+RECOMPILES = 64
+"""Graphs of one model: with and without gradients, for each size of latent and each instrument."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class Instrument:
                 parameter.requires_grad_(wanted)
 
         self._stack.callback(restore)
-        self._stack.enter_context(torch._dynamo.config.patch(**FLAGS))
+        self._stack.enter_context(torch._dynamo.config.patch(**FLAGS, recompile_limit=RECOMPILES))
         self._stack.enter_context(warnings.catch_warnings())
         # What the backend warns of, and what the policies are not tuned on, is said by errors here.
         warnings.filterwarnings("ignore", message="fpsattn", category=UserWarning)
@@ -211,6 +217,8 @@ class _Graph:
                 for node in module.graph.nodes:
                     if node.target is torch.ops.fpsc.attention.default:
                         node.target = self.attention
+                    elif node.target is tag_activation_checkpoint:
+                        node.target = _checkpointed  # for a compiler it is only a mark
                 module.recompile()
 
     def __call__(self, *args: Any) -> Any:
@@ -233,6 +241,11 @@ class _Graph:
             q = q.detach().requires_grad_()
             measurement.leaves.append(q)
         return (Observed.apply(q, k, v, layer, tables, measurement),)
+
+
+def _checkpointed(body: fx.GraphModule, *args: Any, **_: Any) -> Any:
+    """A checkpoint region, computed again in backward."""
+    return checkpoint(body, *args, use_reentrant=False)
 
 
 def prediction_of(outputs: Any) -> Tensor:

@@ -57,13 +57,13 @@ def of_policy(calibration: Calibration, policy: Policy) -> Prediction:
     table = resolve(policy, layers=run.layers, heads=run.heads, fp8=True)
     rows = [table.row_of(noise) for noise in run.steps]
     cells = table.cells[:, : table.n_rows].numpy().transpose(1, 0, 2)  # [rows, layers, heads]
-    number = {}
+    number: dict[int, int] = {}
     for i in np.unique(cells[rows]):
         name = table.mode_names[i]
         same = modes.find(policy.modes[name], calibration.policy)
         if same is None:
             raise NotMeasured(f"{policy.name}: mode {name} is none that was measured")
-        number[i] = calibration.names.index(same)
+        number[int(i)] = calibration.names.index(same)
     known = np.vectorize(lambda i: number.get(i, 0), otypes=[int])(cells)
     parts = np.zeros((run.bins, table.n_rows))
     for noise, row in zip(run.steps, rows, strict=True):

@@ -165,8 +165,8 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Write the file: the whole of it, or nothing. The same bytes for the same calibration."""
         tensors = {n: np.ascontiguousarray(getattr(self, n), np.float32) for n in TENSORS}
-        # One key: safetensors writes several in no fixed order.
-        metadata = {KEY: json.dumps(self.facts.model_dump(mode="json"), sort_keys=True)}
+        # One key, because safetensors writes several in no fixed order; and that of modes counts.
+        metadata = {KEY: json.dumps(self.facts.model_dump(mode="json"))}
         with replacing(path) as beside:
             save_file(tensors, beside, metadata)
 

@@ -31,6 +31,8 @@ class Subject:
             high to low. The same whenever it is called.
         decode: a result as a clip, float [3, F, H, W] in [-1, 1]; None where it is not known how.
         options: of the backend, where the model alone does not say enough: `grid`, `timestep`.
+        about: how its prompts are sampled, as plain values: a calibration goes on only where they are
+            the same.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Subject:
     sample: Callable[[int], Tensor]
     decode: Callable[[Tensor], Tensor] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def origin(self) -> str:
@@ -69,7 +72,9 @@ def demo(seed: int = 0, steps: int = 20) -> Subject:
             latent = scheduler.step(clean, timestep, latent, return_dict=False)[0]
         return latent[0]
 
-    return Subject("demo", model, 10_000, sample, decode_clip)
+    return Subject(
+        "demo", model, 10_000, sample, decode_clip, about={"seed": seed, "steps": steps}
+    )
 
 
 def pipeline(
@@ -109,7 +114,8 @@ def pipeline(
         found: Tensor = made.frames if hasattr(made, "frames") else made[0]
         return found.float().cpu()
 
-    return Subject(name or type(pipe).__name__, model, len(prompts), sample)
+    about = {"prompts": list(prompts), "seed": seed, "component": component, **(arguments or {})}
+    return Subject(name or type(pipe).__name__, model, len(prompts), sample, about=about)
 
 
 def latents(
@@ -158,7 +164,8 @@ def latents(
             found.append(prediction_of(model(**named)).float().cpu())
         return torch.stack(found)
 
-    return Subject(name or type(model).__name__, model, len(samples), sample)
+    about = {"samples": len(samples), "levels": levels, "shift": shift, "seed": seed}
+    return Subject(name or type(model).__name__, model, len(samples), sample, about=about)
 
 
 def read_samples(folder: Path) -> list[dict[str, Tensor]]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fpsc.errors import UserError
 from fpsc.tune import calibrate, subjects
@@ -119,7 +120,15 @@ def test_short_memory_is_met_with_checkpoints_then_with_fewer_queries(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return found
 
+    regions = 0
+
+    def counted(body: Any, *args: Any, **how: Any) -> Any:
+        nonlocal regions
+        regions += 1
+        return checkpoint(body, *args, **how)
+
     monkeypatch.setattr(Instrument, "measure", short)
+    monkeypatch.setattr("fpsc.tune.instrument.checkpoint", counted)
     told: list[str] = []
     model = subject(2)
     found = calibrate.calibrate(
@@ -129,6 +138,7 @@ def test_short_memory_is_met_with_checkpoints_then_with_fewer_queries(
     assert any("checkpointing" in line for line in told)
     assert any("50% of the query tiles" in line for line in told)
     assert found.facts.queries == 0.5
+    assert regions == 2 * (1 + 4)  # blocks of the call that failed, and of the four that did not
     assert not model.model.is_gradient_checkpointing
     # Half of the queries, and backward through checkpoints, say about the same.
     sparse = [m for m, name in enumerate(found.names) if not name.startswith("dense")]

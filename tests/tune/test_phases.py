@@ -38,7 +38,8 @@ def test_the_budget_is_kept_and_lines_help(lines: int) -> None:
     found = phases.fit(values, weights, 0.3, lines)
     assert found.weight <= 0.3 + 1e-6 and len(found.rules) <= lines
     bare = phases.fit(values, weights, 0.3, 0)
-    assert found.value <= bare.value + 1e-12
+    assert found.value <= 1.05 * bare.value
+    assert lines < 12 or found.value < 0.9 * bare.value
 
 
 def test_rules_say_what_the_choice_is() -> None:
