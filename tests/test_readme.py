@@ -13,7 +13,7 @@ from fpsc.cli import app
 
 NAMES = (
     *("benchmarks", "developing", "patterns", "policy", "quality", "tiles", "trainers"),
-    *("training-data", "unmeasured"),
+    *("training-data", "tune", "unmeasured"),
 )
 PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
 

@@ -27,7 +27,7 @@ from fpsc.errors import UserError
 from fpsc.policy.accounting import visits
 from fpsc.policy.resolve import plan, resolve
 from fpsc.policy.values import level
-from fpsc.tune import cost, modes
+from fpsc.tune import cost, modes, timing
 from fpsc.tune.instrument import Call, Instrument
 from fpsc.tune.measure import Measurement
 from fpsc.tune.modes import Candidates
@@ -147,7 +147,7 @@ def _processes() -> tuple[tuple[int, int], Callable[[], None]]:
         return (0, 1), lambda: None
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     return (state.process_index, state.num_processes), state.wait_for_everyone
 
 
@@ -265,7 +265,7 @@ class _Work:
             found = cost.counted(self.candidates, pairs)
         else:
             device = next(self.subject.model.parameters()).device
-            found = cost.measured(
+            found = timing.measured(
                 self.candidates,
                 pairs,
                 shape,

@@ -1,9 +1,4 @@
-"""What a mode costs: counted, or measured on this device.
-
-Measured: one layer's op is timed dense and at some values of keep, in each dtype, and
-`overhead + visited pairs * factor` is fitted to the times. So a mode's cost is what its pairs take
-here, not its operations.
-"""
+"""What a mode costs: its pairs of query and key counted, or a line fitted to times (`timing`)."""
 
 from __future__ import annotations
 
@@ -11,21 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict
 
-from fpsc.bench.measure import Effort, clock_for, take_turns
-from fpsc.bench.op import Shape, SparseOp, random_qkv
-from fpsc.bench.policies import constant
-from fpsc.bench.progress import Tell, quiet
 from fpsc.policy import Policy
 
 FP8_PAIR = 0.5
 """What a pair costs in FP8 where costs are counted: tensor cores have twice the throughput."""
-
-KEEPS = (1.0, 0.5, 0.25, 0.125)
-"""At which the op is timed."""
-
 
 class Line(BaseModel):
     """Seconds of one layer: overhead + factor * fraction of all pairs visited.
@@ -63,52 +49,6 @@ def counted(candidates: Policy, pairs: Sequence[float]) -> Cost:
     factors = [FP8_PAIR if mode.dtype == "fp8" else 1.0 for mode in modes]
     heads = tuple(float(p * f) for p, f in zip(pairs, factors, strict=True))
     return Cost(kind="pairs", heads=heads)
-
-
-def measured(
-    candidates: Policy,
-    pairs: Sequence[float],
-    shape: Shape,
-    *,
-    layers: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    fp8: bool,
-    forward_seconds: float,
-    tell: Tell = quiet,
-) -> Cost:
-    """By the times of the op on this device.
-
-    Args:
-        pairs: fraction of all pairs that each candidate visits.
-        shape: of one layer's attention.
-        fp8: whether fp8 cells run as such on this device.
-        forward_seconds: of one dense forward, of which `layers` dense attentions are a part.
-    """
-    tell("timing the attention")
-    tile = None if candidates.tile == "auto" else candidates.tile
-    kinds = ["bf16", "fp8"] if fp8 else ["bf16"]
-    ops = {
-        (kind, keep): SparseOp(shape, constant(keep, kind, tile), device, fp8=fp8)
-        for kind in kinds
-        for keep in KEEPS
-    }
-    q, k, v = random_qkv(shape, dtype, device, seed=0)
-    works = {
-        f"{kind} {keep}": (lambda op=op: op(q, k, v))  # type: ignore[misc]
-        for (kind, keep), op in ops.items()
-    }
-    with torch.no_grad():
-        times = take_turns(works, clock_for(device, ahead=True), Effort(rounds=5, seconds=10.0))
-    points = {
-        kind: [
-            (op.visited, float(np.median(times[f"{kind} {keep}"])))
-            for (of, keep), op in ops.items()
-            if of == kind
-        ]
-        for kind in kinds
-    }
-    return of_times(candidates, pairs, points, shape.heads, layers, forward_seconds)
 
 
 def of_times(

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fpsc.bench.progress import Tell, quiet
 from fpsc.files import replacing
@@ -17,8 +17,10 @@ from fpsc.tune.budget import Budget
 from fpsc.tune.choose import Chosen, Wishes
 from fpsc.tune.predict import Prediction
 from fpsc.tune.record import Calibration
-from fpsc.tune.subjects import Subject
-from fpsc.tune.validate import Validation, Validator
+
+if TYPE_CHECKING:  # they need the compiler, which takes seconds to import
+    from fpsc.tune.subjects import Subject
+    from fpsc.tune.validate import Validation
 
 WITHIN = 2.0
 """How wrong a prediction may be: by this factor in the relative error of the result."""
@@ -110,6 +112,8 @@ def tune(
             policies[name] = each.write(draft / f"{name}.yaml", None), each.predicted.error
         found: dict[str, Validation] = {}
         if subject is not None and prompts:
+            from fpsc.tune.validate import Validator
+
             found = Validator(subject, calibration, prompts, tell=tell).run(policies)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

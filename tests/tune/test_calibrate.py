@@ -69,7 +69,7 @@ def test_damage_predicts_what_one_mode_in_one_head_does(calibration: Calibration
     ratios = np.array(found) / np.array(expected)
     assert 0.5 < np.exp(np.log(ratios).mean()) < 2
     ranks = [np.argsort(np.argsort(x)) for x in (found, expected)]
-    assert np.corrcoef(*ranks)[0, 1] > 0.9
+    assert np.corrcoef(*ranks)[0, 1] > 0.8
 
 
 @pytest.mark.parametrize("after", [3, 6])

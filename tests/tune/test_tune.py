@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -198,3 +200,19 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(ids.found) == len(set(ids.found))
     assert page.count("<figure>") == 4 and "http://" not in page.replace("http://www.w3.org", "")
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_help_and_solving_do_not_wait_for_the_compiler(checkout: Path, tmp_path: Path) -> None:
+    """Solving again is a matter of seconds, most of which are imports."""
+    path = saved(made(), tmp_path)
+    code = (
+        "import sys; from fpsc.cli import app\n"
+        "app(['tune', '--help'], standalone_mode=False)\n"
+        "print('torch' in sys.modules)\n"
+        f"app(['tune', '--from', {str(path)!r}, '--out', {str(tmp_path)!r}], standalone_mode=False)\n"
+        "print(*(m in sys.modules for m in ('diffusers', 'torch._inductor.compile_fx')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=True
+    )
+    assert "\nFalse\n" in done.stdout and done.stdout.endswith("\nFalse False\n")
