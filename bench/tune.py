@@ -111,7 +111,9 @@ def tuned(calibration: Calibration, keep: float, folder: Path) -> dict[str, tupl
     """The table and the phases for a keep, with the errors that are predicted."""
     chosen = choose.choose(calibration, Budget("keep", keep), Wishes())
     name = f"tuned-{keep:.4f}".replace(".", "_")
-    table = write.write_table(folder / f"{name}.yaml", calibration, chosen.choice, chosen.simple, {})
+    table = write.write_table(
+        folder / f"{name}.yaml", calibration, chosen.choice, chosen.simple, {}
+    )
     found = {name: (table, chosen.predicted.error)}
     if chosen.simple is not None and chosen.simple_predicted is not None:
         path = folder / f"{name}-phases.yaml"
@@ -226,12 +228,20 @@ def ranked(record: dict[str, Any]) -> tuple[list[float], list[float]]:
 def targets(record: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
     """(what was promised, what was found, whether it is met)."""
     seconds = record["seconds"]
-    yield f"tune demo in {MOST_SECONDS:g} s", f"{seconds['tune']} s", seconds["tune"] <= MOST_SECONDS
+    yield (
+        f"tune demo in {MOST_SECONDS:g} s",
+        f"{seconds['tune']} s",
+        seconds["tune"] <= MOST_SECONDS,
+    )
     yield f"again in {MOST_AGAIN:g} s", f"{seconds['again']} s", seconds["again"] <= MOST_AGAIN
     for each in record["seeds"]:
         policies, seed = each["policies"], each["seed"]
         mine = policies[f"tuned-{KEEP:.4f}".replace(".", "_")]["error"]
-        ones = {n: p["error"] for n, p in policies.items() if n.startswith("uniform") and p["keep"] == KEEP}
+        ones = {
+            n: p["error"]
+            for n, p in policies.items()
+            if n.startswith("uniform") and p["keep"] == KEEP
+        }
         best = min(ones, key=lambda name: ones[name])
         words = f"{mine:.4f}, and {best} {ones[best]:.4f}"
         yield f"seed {seed}: better than one mode at keep {KEEP}", words, mine < ones[best]

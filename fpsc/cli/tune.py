@@ -35,8 +35,8 @@ def tune(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="demo, a diffusers pipeline (a folder, or a hub id in the cache), or with --inputs "
-            "the folder of a transformer. Not needed with --from.",
+            help="demo, a diffusers pipeline (a folder, or a hub id in the cache), or with "
+            "--inputs the folder of a transformer. Not needed with --from.",
         ),
     ] = None,
     budget: Annotated[
@@ -61,7 +61,7 @@ def tune(
         Path | None,
         typer.Option(help="Transformer: a folder of safetensors with `latents` and arguments."),
     ] = None,
-    measure: Annotated[int, typer.Option(min=1, help="Prompts that are measured on.")] = 4,
+    measure: Annotated[int, typer.Option(min=1, help="Prompts that are measured on.")] = 3,
     carried: Annotated[
         int, typer.Option(min=1, help="Of these, sampled once more for each bin of noise.")
     ] = 2,
@@ -160,11 +160,9 @@ def tune(
             calibration = _calibrated(subject, settings, out, fresh, tell, console)
             if int(os.environ.get("RANK", "0")):
                 return  # the first process goes on alone
-        for each in budgets:  # before anything runs that takes long
-            choose(calibration, each, wishes)
-        result = _tuned(
-            calibration, budgets, wishes, out, subject, held_out, within, tell
-        )
+        for wanted in budgets:  # before anything runs that takes long
+            choose(calibration, wanted, wishes, simplify=False)
+        result = _tuned(calibration, budgets, wishes, out, subject, held_out, within, tell)
     files = _files(result, out, report if report is not None else from_ is None)
     if json:
         told = {

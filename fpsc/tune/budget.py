@@ -3,8 +3,8 @@
 | budget | limits |
 |---|---|
 | `keep=0.25` | the mean keep over the steps of a run, its layers and heads |
-| `attention=0.4`, `attention=12s` | the time of all attention, of the dense one's, or in seconds a run |
-| `time=0.7`, `time=40s` | the time of all forwards, likewise |
+| `attention=0.4`, `attention=12s` | all attention, of the dense run's time, or in seconds |
+| `time=0.7`, `time=40s` | all forwards, likewise |
 | `error=0.1` | the relative error of the result, predicted; the cheapest attention within it |
 """
 

@@ -2,12 +2,13 @@
 
 For each prompt the model runs dense once, and its calls are noted. At one call for each bin of
 noise all modes are measured in all heads (`fpsc.tune.measure`). Then the run is repeated with one
-bin at a time in a sparse mode: what is left of that error in the result tells how much an error in
-the bin counts (`Calibration.gains`).
+bin at a time in a sparse mode, a gentle and a strong one: what is left of these errors in the
+result tells how much an error in the bin counts (`Calibration.gains_at`).
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -24,6 +25,7 @@ from fpsc import __version__
 from fpsc.bench.op import Shape
 from fpsc.bench.progress import Tell, quiet
 from fpsc.errors import UserError
+from fpsc.policy import Policy
 from fpsc.policy.accounting import visits
 from fpsc.policy.resolve import plan, resolve
 from fpsc.policy.values import level
@@ -64,7 +66,7 @@ class Settings:
     """
 
     candidates: Candidates
-    prompts: int = 4
+    prompts: int = 3
     carried: int = 2
     bins: int = 5
     edges: tuple[float, ...] = ()
@@ -178,8 +180,7 @@ class _Work:
         found = self.parts.facts(RUN)
         bins = len(found["levels"]) if found else 1
         wanted = [damage_name(prompt, b) for b in range(bins)]
-        if prompt < self.settings.carried:
-            wanted += [carried_name(prompt, b) for b in range(bins)]
+        wanted += [carried_name(prompt, *place) for place in self._carried(prompt, bins)]
         return [name for name in [RUN, *wanted] if not self.parts.has(name)]
 
     def _prompt(self, instrument: Instrument, prompt: int, clock: Clock) -> None:
@@ -203,15 +204,21 @@ class _Work:
                 call = min(calls, key=lambda call: abs(call.noise - at))
                 self.parts.keep(name, self._damage(instrument, run, call, (prompt, b)))
             clock.done += 1
-        for b in range(run.bins) if prompt < self.settings.carried else ():
-            name = carried_name(prompt, b)
+        for b, strength in self._carried(prompt, run.bins):
+            name = carried_name(prompt, b, strength)
             if not self.parts.has(name):
-                clock.step(f"prompt {prompt}: what is left of errors in bin {b}")
-                instrument.use(self._only_in(run, b))
-                found = self.subject.sample(prompt)
+                mode = run.references[strength]
+                clock.step(f"prompt {prompt}: what is left of {mode} in bin {b}")
+                instrument.use(self._only_in(run, b, mode))
+                with instrument.following(calls, run.edges[b]):
+                    found = self.subject.sample(prompt)
                 self.parts.keep(name, {"carried": np.array(relative_square(found, dense))})
             clock.done += 1
         instrument.use(None)
+
+    def _carried(self, prompt: int, bins: int) -> list[tuple[int, int]]:
+        """(bin, reference) of every run again that a prompt needs."""
+        return list(itertools.product(range(bins), range(2))) if prompt < self.settings.carried else []
 
     def _run(self, instrument: Instrument, calls: Sequence[Call]) -> Run:
         """What a dense run shows; the first one decides where the others are measured."""
@@ -227,9 +234,9 @@ class _Work:
         pairs = pairs / layout.tokens**2
         heads, head_dim = instrument.query[1], instrument.query[3]
         layers = instrument.state.layers
-        shape = Shape(
-            tuple(layout.grid), heads, head_dim, instrument.query[0], layout.prefix, layout.suffix
-        )
+        grid = (layout.grid.t, layout.grid.y, layout.grid.x)
+        batch = instrument.query[0]
+        shape = Shape(grid, heads, head_dim, batch, layout.prefix, layout.suffix)
         t, y, x = layout.tile
         run = Run(
             steps=steps,
@@ -238,11 +245,11 @@ class _Work:
             layers=layers,
             heads=heads,
             head_dim=head_dim,
-            grid=tuple(layout.grid),
+            grid=grid,
             tile=(t, y, x),
             prefix=layout.prefix,
             suffix=layout.suffix,
-            reference=modes.reference(self.candidates, layout.grid),
+            references=modes.references(self.candidates, layout.grid),
             keep=tuple(keep.tolist()),
             pairs=tuple(pairs.tolist()),
             cost=self._cost(instrument, pairs, shape, layers, calls),
@@ -342,9 +349,9 @@ class _Work:
             "queries": np.array(self.share, np.float32),
         }
 
-    def _only_in(self, run: Run, b: int) -> Any:
+    def _only_in(self, run: Run, b: int, mode: str) -> Policy:
         """A policy that is sparse in one bin."""
-        chosen = [run.reference if i == b else modes.DENSE for i in range(run.bins)]
+        chosen = [mode if i == b else modes.DENSE for i in range(run.bins)]
         phases = [(run.edges[i], run.edges[i + 1], chosen[i]) for i in range(run.bins)]
         return modes.policy(self.settings.candidates, phases, tile=self.settings.tile)
 
@@ -356,7 +363,7 @@ def merge(subject: Subject, settings: Settings, parts: Parts) -> Calibration:
         [parts.read(damage_name(p, b)) for b in range(run.bins)] for p in range(settings.prompts)
     ]
     carried = [
-        [parts.read(carried_name(p, b))["carried"].item() for b in range(run.bins)]
+        [[parts.read(carried_name(p, b, s))["carried"].item() for s in (0, 1)] for b in range(run.bins)]
         for p in range(settings.carried)
     ]
 
@@ -408,11 +415,12 @@ class Clock:
         if self.total:
             return
         forwards = run.bins * len(self.prompts)
-        again = run.bins * sum(p < settings.carried for p in self.prompts)
+        again = 2 * run.bins * sum(p < settings.carried for p in self.prompts)
         self.total = forwards + again
         # A forward and backward for each bin; the dense runs, and those that are sparse in one bin.
         seconds = forwards * 4 * self.run_seconds / len(run.steps)
-        seconds += (len(self.prompts) + again) * self.run_seconds
+        part = (run.bins + 1) / (2 * run.bins)  # what comes before the bin is known
+        seconds += (len(self.prompts) + again * part) * self.run_seconds
         least = "more than "
         if run.cost.kind == "measured":
             site = sum(run.cost.heads) * run.heads * settings.probes
@@ -464,8 +472,8 @@ def damage_name(prompt: int, b: int) -> str:
     return f"damage-{prompt}-{b}.safetensors"
 
 
-def carried_name(prompt: int, b: int) -> str:
-    return f"carried-{prompt}-{b}.safetensors"
+def carried_name(prompt: int, b: int, reference: int) -> str:
+    return f"carried-{prompt}-{b}-{reference}.safetensors"
 
 
 def _dtype(model: torch.nn.Module) -> torch.dtype:

@@ -13,6 +13,7 @@ from fpsc.policy import Policy
 FP8_PAIR = 0.5
 """What a pair costs in FP8 where costs are counted: tensor cores have twice the throughput."""
 
+
 class Line(BaseModel):
     """Seconds of one layer: overhead + factor * fraction of all pairs visited.
 

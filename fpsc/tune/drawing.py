@@ -64,7 +64,7 @@ def front(
     if known:
         axes.plot(
             [p.keep for p in known],
-            [p.found for p in known],
+            [p.found or 0.0 for p in known],
             linestyle="none",
             marker="D",
             markersize=7,
@@ -96,9 +96,9 @@ def front(
 
 
 def sensitivity(axes: Sequence[Axes], calibration: Calibration) -> Any:
-    """A map for each bin: the error of the result if this head alone ran in the reference mode."""
-    mode = calibration.names.index(calibration.run.reference)
-    values = np.sqrt(calibration.loss[..., mode])
+    """A map for each bin: the error of the result if this head alone ran in the strong reference."""
+    mode = calibration.names.index(calibration.run.references[1])
+    values = np.sqrt(calibration.loss(calibration.gains)[..., mode])
     positive = values[values > 0]
     low, high = (float(positive.min()), float(positive.max())) if positive.size else (1e-6, 1.0)
     norm = LogNorm(max(low, high * 1e-4), high if high > low else 2 * high)
@@ -113,9 +113,7 @@ def keeps(axes: Sequence[Axes], calibration: Calibration, choice: Array) -> Any:
 
 def kinds(axes: Sequence[Axes], calibration: Calibration, choice: Array) -> list[str]:
     """A map for each bin: the patterns of the chosen modes. Returns those that occur."""
-    of_mode = [
-        KINDS.index(pattern_of(mode).kind) for mode in calibration.policy.modes.values()
-    ]
+    of_mode = [KINDS.index(pattern_of(mode).kind) for mode in calibration.policy.modes.values()]
     values = np.array(of_mode)[choice]
     norm = BoundaryNorm(np.arange(len(KINDS) + 1) - 0.5, len(KINDS))
     _maps(axes, calibration, values, cmap=ListedColormap(COLOURS), norm=norm)
@@ -127,7 +125,9 @@ def _maps(axes: Sequence[Axes], calibration: Calibration, values: Array, **how: 
     edges = calibration.run.edges
     for b, each in enumerate(axes):
         drawn = each.imshow(values[b], aspect="auto", interpolation="nearest", **how)
-        each.set_title(f"noise {NoiseRange(round(edges[b], 2), round(edges[b + 1], 2))}", fontsize=9)
+        each.set_title(
+            f"noise {NoiseRange(round(edges[b], 2), round(edges[b + 1], 2))}", fontsize=9
+        )
         each.set_xlabel("head")
         each.grid(False)
         if b == 0:
@@ -149,7 +149,9 @@ def attention(axes: Axes, calibration: Calibration, place: tuple[int, int, int])
     """Where the attention of the tile in the middle of the video goes in one head: a map of each
     time slab of tiles, time from left to right; the tile itself is framed."""
     b, layer, head = place
-    tiles = tuple(-(-n // s) for n, s in zip(calibration.run.grid, calibration.run.tile, strict=True))
+    tiles = tuple(
+        -(-n // s) for n, s in zip(calibration.run.grid, calibration.run.tile, strict=True)
+    )
     t, y, x = tiles
     values = calibration.maps[b, layer, head].reshape(tiles)
     gap = np.full((t, y, 1), np.nan, values.dtype)
@@ -171,9 +173,11 @@ def attention(axes: Axes, calibration: Calibration, place: tuple[int, int, int])
 def telling(calibration: Calibration, n: int = 6) -> list[tuple[int, int, int]]:
     """Heads that show the spread: at the middle level, from the one that sparse attention changes
     most to the one that it changes least."""
-    mode = calibration.names.index(calibration.run.reference)
+    mode = calibration.names.index(calibration.run.references[1])
     b = calibration.run.bins // 2
-    loss = calibration.loss[b, ..., mode]
+    loss = calibration.mean_damage[b, ..., mode]
     order = np.argsort(-loss, axis=None)
-    picked = order[np.unique(np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int))]
+    picked = order[
+        np.unique(np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int))
+    ]
     return [(b, int(i // loss.shape[1]), int(i % loss.shape[1])) for i in picked]

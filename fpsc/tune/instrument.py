@@ -7,6 +7,7 @@ layer arrive exactly as `fpsc::attention` sees them in a compiled model.
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,11 +43,12 @@ RECOMPILES = 64
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the model: its noise level and arguments, and how long it took."""
+    """One call of the model: its noise level, arguments and outputs, and how long it took."""
 
     noise: float
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    outputs: Any
     seconds: float
 
 
@@ -78,6 +80,7 @@ class Instrument:
         self.reports: list[Report] = []
         self.query: tuple[int, ...] = ()
         self._record: list[Call] | None = None
+        self._known: list[Call] = []
         self._before = len(reports())
         self._stack = ExitStack()
 
@@ -89,12 +92,15 @@ class Instrument:
         gradients = [(p, p.requires_grad) for p in self.model.parameters()]
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if self._known:
+                device = next(self.model.parameters()).device
+                return pytree.tree_map(lambda x: _on(x, device), self._known.pop(0).outputs)
             began = time.perf_counter()
             outputs = compiled(*args, **kwargs)
             if self._record is not None:
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-                self._note(args, kwargs, time.perf_counter() - began)
+                self._note(args, kwargs, outputs, time.perf_counter() - began)
             return outputs
 
         def restore() -> None:
@@ -163,13 +169,28 @@ class Instrument:
     @contextmanager
     def recorded(self) -> Iterator[list[Call]]:
         """Notes the calls of the model."""
-        self._record = found = []
+        found: list[Call] = []
+        self._record = found
         try:
             yield found
         finally:
             self._record = None
 
-    def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float) -> None:
+    @contextmanager
+    def following(self, calls: Sequence[Call], noise: float) -> Iterator[None]:
+        """Answers the first calls as they were answered before, down to a noise level.
+
+        For a run that is the same as that of `calls` so far.
+        """
+        self._known = list(itertools.takewhile(lambda call: call.noise > noise + 1e-6, calls))
+        try:
+            yield
+        finally:
+            self._known = []
+
+    def _note(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any, seconds: float
+    ) -> None:
         arguments = roots.bind(self.model, args, kwargs)
         name = roots.timestep_argument(self.model, self.options.timestep.argument)
         timestep = arguments.get(name) if name else None
@@ -179,8 +200,8 @@ class Instrument:
             )
         assert self._record is not None and self.convention is not None
         level = noise_level(torch.as_tensor(timestep), self.convention)
-        kept = pytree.tree_map(_on_host, (args, kwargs))
-        self._record.append(Call(float(level.max()), *kept, seconds))
+        args, kwargs, outputs = pytree.tree_map(_on_host, (args, kwargs, outputs))
+        self._record.append(Call(float(level.max()), args, kwargs, outputs, seconds))
 
     def measure(self, call: Call, measurement: Measurement, generator: torch.Generator) -> float:
         """Measure every mode in every attention of a call; returns the squared prediction.

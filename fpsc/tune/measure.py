@@ -40,9 +40,22 @@ from fpsc.policy.resolve import transposed
 RUN = 16
 """Tokens whose error counts as one; it divides the block of a tile."""
 
-ROWS, CELLS, MODES, PTR, IDX, BACK_PTR, BACK_IDX, ORDER, GROUPS, GATHER, VALID, MASK, SCALE, SITE = (
-    range(14)
-)
+(
+    ROWS,
+    CELLS,
+    MODES,
+    PTR,
+    IDX,
+    BACK_PTR,
+    BACK_IDX,
+    ORDER,
+    GROUPS,
+    GATHER,
+    VALID,
+    MASK,
+    SCALE,
+    SITE,
+) = range(14)
 """Places of the arguments of `fpsc::attention` behind q, k and v."""
 
 Tables = tuple[Any, ...]

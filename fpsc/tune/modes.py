@@ -62,7 +62,8 @@ def product(
     if len(found) > MODES:
         raise UserError(
             f"{len(patterns)} patterns x {len(keeps)} values of keep x {len(dtypes)} dtypes make "
-            f"{len(found)} modes with the dense ones; a policy holds {MODES} at most: leave some out"
+            f"{len(found)} modes with the dense ones; a policy holds {MODES} at most: leave some "
+            "out"
         )
     return found
 
@@ -112,6 +113,11 @@ def policy(
     )
 
 
+def _scales(mode: Mode) -> object:
+    """Of Q and K; `fine` is another word for `tile`."""
+    return "tile" if mode.scales.qk == "fine" else mode.scales.qk
+
+
 def min_tokens(grid: Sequence[int]) -> int:
     """`limits.min_tokens` of what is tuned on a grid."""
     t, y, x = grid
@@ -120,22 +126,23 @@ def min_tokens(grid: Sequence[int]) -> int:
 
 def find(mode: Mode, among: Policy) -> str | None:
     """The candidate that does what a mode of another policy does, or None."""
-    fine = {"fine": "tile"}
-    scales = fine.get(str(mode.scales.qk), mode.scales.qk)
     for name, other in among.modes.items():
         same = pattern_of(mode) == pattern_of(other) and mode.dtype == other.dtype
-        if same and (mode.dtype == "bf16" or fine.get(str(other.scales.qk), other.scales.qk) == scales):
+        if same and (mode.dtype == "bf16" or _scales(mode) == _scales(other)):
             return name
     return None
 
 
-def reference(among: Policy, grid: Sequence[int]) -> str:
-    """The candidate with which it is measured how far an error is carried: a quarter of the tiles,
-    or what is nearest to that; unquantised where there is a choice."""
+def references(among: Policy, grid: Sequence[int]) -> tuple[str, str]:
+    """The candidates with which it is measured how far an error is carried: half of the tiles and a
+    quarter, or what is nearest to that; unquantised where there is a choice."""
     tiles = tile_grid(TokenGrid(*grid), among.tile_for(grid))
 
-    def distance(name: str) -> tuple[float, bool]:
-        mode = among.modes[name]
-        return abs(fraction(pattern_of(mode), tiles) - 0.25), mode.dtype == "fp8"
+    def nearest(keep: float) -> str:
+        def distance(name: str) -> tuple[float, bool]:
+            mode = among.modes[name]
+            return abs(fraction(pattern_of(mode), tiles) - keep), mode.dtype == "fp8"
 
-    return min(among.modes, key=distance)
+        return min(among.modes, key=distance)
+
+    return nearest(0.5), nearest(0.25)

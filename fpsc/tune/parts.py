@@ -40,8 +40,8 @@ class Parts:
         if known is not None and known != settings:
             names = sorted(n for n in {*known, *settings} if known.get(n) != settings.get(n))
             raise UserError(
-                f"{folder} holds a calibration with other settings ({', '.join(names)}): go on with "
-                "those, choose another folder with --out, or start again with --fresh"
+                f"{folder} holds a calibration with other settings ({', '.join(names)}): go on "
+                "with those, choose another folder with --out, or start again with --fresh"
             )
         self.note(SETTINGS, settings)
 
@@ -71,7 +71,7 @@ class Parts:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}); start again with --fresh") from error
 
-    
+    @property
     def finished(self) -> bool:
         """Whether the calibration that they are of was written."""
         return self.has(FINISHED)

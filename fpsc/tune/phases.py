@@ -56,7 +56,9 @@ def fit(values: Array, weights: Array, limit: float, lines: int) -> Phases:
         Infeasible: no phases keep the limit.
     """
     slack = 1e-9 * max(abs(limit), 1e-300)
-    high = max(np.ptp(values, axis=-1).mean(), 1e-300) / max(np.ptp(weights, axis=-1).mean(), 1e-300)
+    high = max(np.ptp(values, axis=-1).mean(), 1e-300) / max(
+        np.ptp(weights, axis=-1).mean(), 1e-300
+    )
     best: Phases | None = None
 
     def at(price: float) -> bool:

@@ -10,7 +10,7 @@ from fpsc.errors import UserError
 from fpsc.policy import Policy
 from fpsc.policy.resolve import resolve
 from fpsc.tune import modes
-from fpsc.tune.budget import unit_costs
+from fpsc.tune.budget import Kind, unit_costs
 from fpsc.tune.record import Calibration
 
 Array = np.ndarray
@@ -76,18 +76,21 @@ def of_policy(calibration: Calibration, policy: Policy) -> Prediction:
 def _of_parts(calibration: Calibration, choice: Array, parts: Array) -> Prediction:
     """choice: int [bins, parts, layers, heads]; parts: [bins, parts], how much of a bin each is."""
 
-    def mean(x: Array) -> float:
-        """x [bins, layers, heads, modes]"""
+    def per_bin(x: Array) -> Array:
+        """x [bins, layers, heads, modes] -> [bins]"""
         picked = np.take_along_axis(x[:, None], choice[..., None], -1)[..., 0]
-        return float((picked.sum(axis=(2, 3)) * parts).sum())
+        found: Array = (picked.sum(axis=(2, 3)) * parts).sum(axis=1)
+        return found
 
-    def cost(kind: str) -> float:
-        cells, constant = unit_costs(calibration, kind)  # type: ignore[arg-type]
-        return mean(np.broadcast_to(cells[:, None, None], calibration.loss.shape)) + constant
+    def cost(kind: Kind) -> float:
+        cells, constant = unit_costs(calibration, kind)
+        costs = np.broadcast_to(cells[:, None, None], calibration.mean_damage.shape)
+        return float(per_bin(costs).sum()) + constant
 
+    damage = per_bin(calibration.mean_damage)
     timed = calibration.run.cost.kind == "measured"
     return Prediction(
-        error=mean(calibration.loss) ** 0.5,
+        error=float((calibration.gains_at(damage) * damage).sum()) ** 0.5,
         keep=cost("keep"),
         attention=cost("attention"),
         time=cost("time") if timed else None,

@@ -5,8 +5,8 @@ Tensors of the file, float32:
 - `damage` [prompts, bins, layers, heads, modes]: the squared change of the model's prediction that
   a mode in this head causes, over the squared prediction; see `fpsc.tune.measure`.
 - `attention` of the same shape: the squared error of the head's output over its square.
-- `carried` [prompts that were run, bins]: the squared change of a run's result where all heads ran
-  in the reference mode in this bin alone, over the squared result.
+- `carried` [prompts that were run, bins, 2]: the squared change of a run's result where all heads
+  ran in a reference mode, the gentle or the strong one, in this bin alone, over the squared result.
 - `maps` [bins, layers, heads, tiles]: of the attention of the tile in the middle of the video, the
   part that goes to each tile.
 
@@ -32,7 +32,6 @@ from fpsc.policy import Policy
 from fpsc.tune.cost import Cost
 from fpsc.tune.modes import DENSE, policy
 
-FORMAT = "fpsc-calibration-1"
 KEY = "calibration"
 TENSORS = ("damage", "attention", "carried", "maps")
 
@@ -47,7 +46,7 @@ class Run(BaseModel):
         edges: between the bins, from 1 to 0.
         levels: of each bin, the noise at which it is measured.
         grid, tile, prefix, suffix: of the video in the sequence.
-        reference: the mode of `carried`.
+        references: the modes of `carried`, the gentle one first.
         keep, pairs: of every candidate, the fraction of the video's key tiles, and of all pairs of
             query and key, that it visits.
         forward_seconds: of one dense forward; None where nothing was timed.
@@ -64,7 +63,7 @@ class Run(BaseModel):
     tile: tuple[int, int, int]
     prefix: int
     suffix: int
-    reference: str
+    references: tuple[str, str]
     keep: tuple[float, ...]
     pairs: tuple[float, ...]
     cost: Cost
@@ -86,7 +85,7 @@ class Facts(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal["fpsc-calibration-1"] = FORMAT
+    format: Literal["fpsc-calibration-1"] = "fpsc-calibration-1"
     model: str
     origin: str
     model_class: str
@@ -141,26 +140,58 @@ class Calibration:
         return bin_of(noise, self.run.edges)
 
     @cached_property
-    def gains(self) -> Array:
-        """[bins]: the squared relative change of the result for each unit of predicted damage.
-
-        What was carried to the result, over the damage that all heads together were predicted to
-        do. Where the reference mode does no damage at all nothing is known, and the bin counts
-        with its part of the steps.
-        """
-        mode = self.names.index(self.run.reference)
-        rows = len(self.carried)
-        predicted = self.damage[:rows, ..., mode].sum(axis=(2, 3), dtype=np.float64).mean(axis=0)
-        carried = self.carried.mean(axis=0, dtype=np.float64)
-        known = predicted > 0
-        return np.where(known, carried / np.where(known, predicted, 1.0), self.share)
+    def mean_damage(self) -> Array:
+        """float64 [bins, layers, heads, modes]: over the prompts."""
+        mean: Array = self.damage.mean(axis=0, dtype=np.float64)
+        return mean
 
     @cached_property
-    def loss(self) -> Array:
+    def anchors(self) -> tuple[Array, Array]:
+        """[bins, 2] each, of both references: the damage that was predicted for all heads, and what
+        one unit of it left in the squared error of the result.
+
+        Where a reference does no damage nothing is known, and the bin counts with its part of the
+        steps.
+        """
+        modes = [self.names.index(name) for name in self.run.references]
+        rows = len(self.carried)
+        predicted = self.damage[:rows][..., modes].sum(axis=(2, 3), dtype=np.float64).mean(axis=0)
+        carried = np.maximum(self.carried.mean(axis=0, dtype=np.float64), 1e-20)
+        known = predicted > 0
+        safe = np.where(known, predicted, 1.0)
+        return safe, np.where(known, carried / safe, self.share[:, None])
+
+    def gains_at(self, damage: Array) -> Array:
+        """[bins]: what a unit of damage leaves in the squared error of the result, where a bin does
+        so much of it in all, [bins].
+
+        An error in a composition grows until it is another one, so this depends on its size: it is
+        interpolated between both references, in logarithms, and constant beyond them.
+        """
+        at, gain = (np.log(x) for x in self.anchors)
+        span = at[:, 1] - at[:, 0]
+        place = np.log(np.maximum(damage, 1e-300)) - at[:, 0]
+        place = np.where(np.abs(span) > 1e-9, place / np.where(span == 0, 1.0, span), 0.5)
+        place = np.clip(place, 0.0, 1.0)
+        found: Array = np.exp((1 - place) * gain[:, 0] + place * gain[:, 1])
+        return found
+
+    @cached_property
+    def gains(self) -> Array:
+        """[bins]: half-way between the references."""
+        found: Array = np.exp(np.log(self.anchors[1]).mean(axis=1))
+        return found
+
+    @cached_property
+    def largest_gains(self) -> Array:
+        """[bins]: no damage leaves more."""
+        found: Array = self.anchors[1].max(axis=1)
+        return found
+
+    def loss(self, gains: Array) -> Array:
         """float64 [bins, layers, heads, modes]: what each choice adds to the squared relative error
         of the result. Additive over cells."""
-        mean = self.damage.mean(axis=0, dtype=np.float64)
-        return mean * self.gains[:, None, None, None]
+        return self.mean_damage * gains[:, None, None, None]
 
     def save(self, path: Path) -> None:
         """Write the file: the whole of it, or nothing. The same bytes for the same calibration."""
@@ -189,7 +220,8 @@ class Calibration:
         except (SafetensorError, OSError, ValidationError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{path} cannot be read as a calibration ({reason}); make one with `fpsc tune MODEL`"
+                f"{path} cannot be read as a calibration ({reason}); make one with "
+                "`fpsc tune MODEL`"
             ) from error
         return found._checked(path)
 

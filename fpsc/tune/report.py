@@ -78,7 +78,7 @@ def _charts(result: Result, uniform: list[Landmark], presets: list[Landmark]) ->
         charts.chart(
             "sensitivity",
             "What each head matters",
-            f"The relative error of the result if only this head ran in {run.reference}, in this "
+            f"The relative error of the result if only this head ran in {run.references[1]}, in this "
             "bin of noise.",
             figure,
         )
@@ -122,7 +122,7 @@ def png(result: Result, uniform: list[Landmark], presets: list[Landmark]) -> Fig
     axes.grid(color="#e3e6ea")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     first = [figure.add_subplot(parts[1, b]) for b in range(bins)]
-    label = f"error of the head alone in {calibration.run.reference}"
+    label = f"error of the head alone in {calibration.run.references[1]}"
     figure.colorbar(drawing.sensitivity(first, calibration), ax=first, label=label)
     second = [figure.add_subplot(parts[2, b]) for b in range(bins)]
     chosen = result.chosen[0]
@@ -134,10 +134,7 @@ def png(result: Result, uniform: list[Landmark], presets: list[Landmark]) -> Fig
 def _points(result: Result) -> tuple[list[Point], list[Point]]:
     """(the line of the front, the policies that were made)."""
     line = [Point(c.budget.slug, c.predicted.keep, c.predicted.error) for c, _ in result.front]
-    line += [
-        Point(c.budget.slug, c.predicted.keep, c.predicted.error)
-        for c in result.chosen
-    ]
+    line += [Point(c.budget.slug, c.predicted.keep, c.predicted.error) for c in result.chosen]
     tuned = [
         Point(
             each.name,

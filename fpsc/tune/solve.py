@@ -1,7 +1,8 @@
 """A mode for every cell that minimises a sum under a budget on another sum: a multiple-choice
 knapsack, by Lagrangian relaxation.
 
-    minimise  sum values[b, c, x] + sum change[x_b, x_b+1]     subject to  sum weights[b, c, x] <= limit
+    minimise    sum values[b, c, x] + sum change[x_b, x_b+1]
+    subject to  sum weights[b, c, x] <= limit
 
 over x, a mode for each bin b and chain c (a head of a layer through all bins). For a price on
 weight, p >= 0, the cells no longer depend on each other, or only along their chain, where dynamic
@@ -22,6 +23,7 @@ Sources
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -50,6 +52,12 @@ class Problem:
     weights: Array
     limit: float
     change: Array
+
+    @cached_property
+    def by_weight(self) -> Array:
+        """The modes of every cell, the lightest first."""
+        order: Array = np.argsort(self.weights, axis=-1, kind="stable")
+        return order
 
     @property
     def coupled(self) -> bool:
@@ -140,7 +148,7 @@ def _relaxed(problem: Problem, values: Array, priced: Array) -> Array:
     """The choice that minimises values + priced + change, exactly; of equal ones the lightest."""
     scores = values + priced
     if not problem.coupled:
-        order = np.argsort(problem.weights, axis=-1, kind="stable")
+        order = problem.by_weight
         at = np.take_along_axis(scores, order, axis=-1).argmin(axis=-1)
         found: Array = np.take_along_axis(order, at[..., None], axis=-1)[..., 0]
         return found

@@ -31,8 +31,8 @@ class Subject:
             high to low. The same whenever it is called.
         decode: a result as a clip, float [3, F, H, W] in [-1, 1]; None where it is not known how.
         options: of the backend, where the model alone does not say enough: `grid`, `timestep`.
-        about: how its prompts are sampled, as plain values: a calibration goes on only where they are
-            the same.
+        about: how its prompts are sampled, as plain values: a calibration goes on only where
+            they are the same.
     """
 
     name: str
@@ -72,9 +72,7 @@ def demo(seed: int = 0, steps: int = 20) -> Subject:
             latent = scheduler.step(clean, timestep, latent, return_dict=False)[0]
         return latent[0]
 
-    return Subject(
-        "demo", model, 10_000, sample, decode_clip, about={"seed": seed, "steps": steps}
-    )
+    return Subject("demo", model, 10_000, sample, decode_clip, about={"seed": seed, "steps": steps})
 
 
 def pipeline(

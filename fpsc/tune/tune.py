@@ -166,9 +166,7 @@ class _Draft:
         if self.simple:
             assert self.chosen.simple is not None
             return write.write_phases(path, self.calibration, self.chosen.simple, measured)
-        return write.write_table(
-            path, self.calibration, self.choice, self.chosen.simple, measured
-        )
+        return write.write_table(path, self.calibration, self.choice, self.chosen.simple, measured)
 
 
 def _drafts(calibration: Calibration, chosen: Chosen) -> dict[str, _Draft]:

@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,7 +151,8 @@ class Validator:
         found = self.parts.facts(f"{name}.json") if self.parts else None
         if found is None or found.pop("says") != says(policy):
             return None
-        return Validation(**{n: tuple(x) if isinstance(x, list) else x for n, x in found.items()})
+        lists = (tuple(found[name]) for name in ("prompts", "errors", "psnr"))
+        return Validation(*lists, found["predicted"])
 
     def _keep(self, name: str, policy: Policy, found: Validation | None) -> None:
         if self.parts is not None and found is not None:

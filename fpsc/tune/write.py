@@ -89,7 +89,9 @@ def _schedule(base: Sequence[int], calibration: Calibration) -> list[dict[str, s
     found = []
     for mode, group in groupby(range(len(base)), key=base.__getitem__):
         bins = list(group)
-        found.append({"noise": _noise(bins[0], bins[-1], calibration), "use": _name(mode, calibration)})
+        found.append(
+            {"noise": _noise(bins[0], bins[-1], calibration), "use": _name(mode, calibration)}
+        )
     return found
 
 

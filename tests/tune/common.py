@@ -85,7 +85,7 @@ def made(
     matters = 10 ** rng.uniform(-6, -3, (1, bins, layers, heads, 1))
     taste = rng.uniform(0.5, 2, (1, 1, layers, heads, len(keep)))
     damage = matters * ((1 - keep) * taste + 0.02 * fp8) * rng.uniform(0.9, 1.1, shape)
-    edges = tuple(round(1 - i / bins, 5) for i in range(bins)) + (0.0,)
+    edges = tuple(round(1 - i / bins, 5) for i in range(bins + 1))
     steps = tuple(round(1 - i / (2 * bins), 6) for i in range(2 * bins))
     run = Run(
         steps=steps,
@@ -98,12 +98,14 @@ def made(
         tile=TILE,
         prefix=0,
         suffix=0,
-        reference="near-0_25",
+        references=("near-0_5", "near-0_25"),
         keep=tuple(keep.tolist()),
         pairs=tuple(keep.tolist()),
         cost=cost or counted(policy, keep.tolist()),
     )
-    reference = damage[..., list(candidates).index("near-0_25")].sum(axis=(2, 3))
+    strengths = [list(candidates).index(name) for name in run.references]
+    reference = damage[..., strengths].sum(axis=(2, 3))  # [prompts, bins, 2]
+    left = np.linspace(2, 0.5, bins)[:, None] * np.array([1.0, 0.8])
     facts = Facts(
         model="made up",
         origin="",
@@ -123,7 +125,7 @@ def made(
         facts=facts,
         damage=damage.astype(np.float32),
         attention=damage.astype(np.float32),
-        carried=(reference * np.linspace(2, 0.5, bins)).astype(np.float32),
+        carried=(reference * left).astype(np.float32),
         maps=rng.random((bins, layers, heads, 12)).astype(np.float32),
     )
 

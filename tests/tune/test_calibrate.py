@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def test_what_it_holds(calibration: Calibration) -> None:
     assert damage[names.index("near-0_25")] > damage[names.index("near-0_5")] > 0
     assert damage[names.index("dense-fp8")] > 0
     assert np.isfinite(calibration.gains).all() and (calibration.gains > 0).all()
-    assert calibration.carried.shape == (1, 2) and (calibration.carried > 0).all()
+    assert calibration.carried.shape == (1, 2, 2) and (calibration.carried > 0).all()
     assert (calibration.maps.sum(-1) == pytest.approx(1, abs=1e-4)).all()
 
 
@@ -204,7 +205,7 @@ def test_bins_hold_equally_many_steps() -> None:
     steps = [0.999, 0.99, 0.97, 0.9, 0.8, 0.6, 0.4, 0.2]
     edges = calibrate.bins(steps, 4)
     assert edges[0] == 1 and edges[-1] == 0 and len(edges) == 5
-    counts = [sum(hi > s >= lo or s == hi for s in steps) for hi, lo in zip(edges, edges[1:])]
+    counts = [sum(hi > s >= lo or s == hi for s in steps) for hi, lo in pairwise(edges)]
     assert counts == [2, 2, 2, 2]
     assert calibrate.bins([0.5], 5) == (1.0, 0.0)
 
@@ -227,3 +228,20 @@ def test_default_settings_fit_the_demo() -> None:
     from fpsc.tune import modes
 
     Settings(modes.default()).check(10_000)
+
+
+def test_a_run_that_begins_alike_is_not_computed_twice(calibration: Calibration) -> None:
+    """What was answered is given again, down to the first bin that differs."""
+    model = subject()
+    with Instrument(model.model, calibration.policy) as instrument:
+        with instrument.recorded() as calls:
+            dense = model.sample(0)
+        clean = calibration.policy.document.value | {
+            "schedule": [{"noise": "1..0.8", "use": "dense"}, {"noise": "0.8..0", "use": "near-0_25"}]
+        }
+        instrument.use(type(calibration.policy).from_dict(clean))
+        whole = model.sample(0)
+        with instrument.following(calls, 0.8), instrument.recorded() as computed:
+            found = model.sample(0)
+    assert torch.equal(found, whole) and not torch.equal(found, dense)
+    assert [call.noise for call in computed] == [n for n in calibration.run.steps if n <= 0.8]

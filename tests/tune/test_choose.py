@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,12 @@ TIMED = Cost(
 @pytest.mark.parametrize("text", ["keep=0.25", "keep=0.6", "attention=0.4", "error=0.02"])
 @pytest.mark.parametrize("wishes", [Wishes(), Wishes(monotone=True), Wishes(smooth=0.01)])
 def test_budgets_are_kept_and_better_than_one_mode(text: str, wishes: Wishes) -> None:
-    calibration, budget = made(), parse(text)
+    calibration, budget = made(layers=10, heads=6), parse(text)
     found = choose.choose(calibration, budget, wishes)
     kept = {"keep": found.predicted.keep, "attention": found.predicted.attention}
     kept["error"] = found.predicted.error
     assert kept[budget.kind] <= budget.value * (1 + 1e-6)
-    assert 0 <= found.gap < 0.2
+    assert 0 <= found.gap < 0.1
     best = choose.best_uniform(calibration, budget)
     assert best is not None
     uniform = predict.of_choice(calibration, choose.uniform(calibration, best))
@@ -106,7 +107,7 @@ def test_a_policy_says_what_was_chosen(form: str, tmp_path: Path) -> None:
         choice = found.simple.choice
         policy = write.write_phases(path, calibration, found.simple, {"by": "a test"})
     table = resolve(policy, layers=4, heads=3, fp8=True)
-    for b, (hi, lo) in enumerate(zip(calibration.run.edges, calibration.run.edges[1:])):
+    for b, (hi, lo) in enumerate(pairwise(calibration.run.edges)):
         row = table.row_of((hi + lo) / 2)
         for layer, head in np.ndindex(4, 3):
             name = table.describe(row, layer, head).mode
@@ -119,35 +120,23 @@ def test_a_policy_says_what_was_chosen(form: str, tmp_path: Path) -> None:
     assert policy.mismatches(grid=(3, 8, 12)) and not policy.mismatches(grid=(3, 8, 10))
 
 
+def only(scales: str) -> Policy:
+    """One mode everywhere, with these scales; it is called by them."""
+    mode = {"pattern": "near", "keep": 0.25, "dtype": "fp8", "scales": {"qk": scales}}
+    schedule = [{"noise": "1..0", "use": "x"}]
+    return Policy.from_dict({"fpsc": 1, "name": scales, "modes": {"x": mode}, "schedule": schedule})
+
+
 def test_a_policy_of_other_edges_and_modes() -> None:
     calibration = made()
     half = modes.policy(CANDIDATES, [(1, 0.5, "dense"), (0.5, 0, "near-0_25")], tile=TILE)
     found = predict.of_policy(calibration, half)
     assert found.keep == pytest.approx(0.5 * 1 + 0.5 * 0.25)  # 3 of 6 steps: 1, 0.83, 0.67
-    fine = Policy.from_dict(
-        {
-            "fpsc": 1,
-            "modes": {"x": {"pattern": "near", "keep": 0.25, "dtype": "fp8", "scales": {"qk": "fine"}}},
-            "schedule": [{"noise": "1..0", "use": "x"}],
-        }
-    )
     mode = calibration.names.index("near-0_25-fp8")
     expected = predict.of_choice(calibration, choose.uniform(calibration, mode))
-    assert predict.of_policy(calibration, fine).as_dict() == expected.as_dict()
+    assert predict.of_policy(calibration, only("fine")).as_dict() == expected.as_dict()
     with pytest.raises(predict.NotMeasured, match="coarse"):
-        predict.of_policy(
-            calibration,
-            Policy.from_dict(
-                {
-                    "fpsc": 1,
-                    "name": "coarse",
-                    "modes": {
-                        "x": {"pattern": "near", "keep": 0.25, "dtype": "fp8", "scales": {"qk": "coarse"}}
-                    },
-                    "schedule": [{"noise": "1..0", "use": "x"}],
-                }
-            ),
-        )
+        predict.of_policy(calibration, only("coarse"))
 
 
 def test_presets_are_predicted_where_their_modes_were_measured() -> None:

@@ -137,7 +137,9 @@ def test_observed_attention_survives_checkpointing(qkv: list[Tensor]) -> None:
     gradient = torch.randn(qkv[0].shape)
     found = Measurement(1, 2, len(CANDIDATES), LAYOUT.video_tiles)
     q, k, v = (x.clone().requires_grad_() for x in qkv)
-    out = checkpoint(lambda *x: Observed.apply(*x, 0, tables(), found), q, k, v, use_reentrant=False)
+    out = checkpoint(
+        lambda *x: Observed.apply(*x, 0, tables(), found), q, k, v, use_reentrant=False
+    )
     torch.autograd.grad(out, q, gradient)
     expected = observe(qkv, gradient)
     assert found.seen.tolist() == [1]

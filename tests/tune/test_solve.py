@@ -32,16 +32,20 @@ def exhaustive(problem: Problem) -> tuple[float, float]:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    n, chains, modes = draw(st.sampled_from([(1, 4, 4), (2, 2, 4), (3, 2, 3), (4, 1, 4), (1, 1, 3)]))
+    n, chains, modes = draw(
+        st.sampled_from([(1, 4, 4), (2, 2, 4), (3, 2, 3), (4, 1, 4), (1, 1, 3)])
+    )
     number = st.one_of(st.integers(0, 8).map(float), st.floats(0, 10, width=32))
-    values = np.array(draw(st.lists(number, min_size=n * chains * modes, max_size=n * chains * modes)))
+    values = np.array(
+        draw(st.lists(number, min_size=n * chains * modes, max_size=n * chains * modes))
+    )
     weights = np.array(draw(st.lists(number, min_size=modes, max_size=modes)))
     if draw(st.booleans()):
         per_bin = np.array(draw(st.lists(number, min_size=n, max_size=n))) + 0.125
         all_weights = np.broadcast_to(per_bin[:, None, None] * weights, (n, chains, modes))
     else:
-        sizes = st.lists(number, min_size=n * chains * modes, max_size=n * chains * modes)
-        all_weights = np.array(draw(sizes)).reshape(n, chains, modes)
+        drawn = draw(st.lists(number, min_size=cells, max_size=cells))
+        all_weights = np.array(drawn).reshape(n, chains, modes)
     change = solve.free(modes)
     if draw(st.booleans()):
         penalty = draw(st.sampled_from([0.0, 0.5, 3.0]))

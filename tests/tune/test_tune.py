@@ -150,7 +150,10 @@ def test_a_calibration_is_solved_again_without_the_model(tmp_path: Path) -> None
         (("demo", "--keep", "0.1", "--mode-dtype", "fp4"), "fp4"),
         (("nowhere/at-all",), "needs --prompts"),
         (("--from", "nothing.safetensors"), "cannot be read as a calibration"),
-        (("--from", "MADE", "--budget", "keep=0.01"), r"nearest that can be is --budget keep=0\.25"),
+        (
+            ("--from", "MADE", "--budget", "keep=0.01"),
+            r"nearest that can be is --budget keep=0\.25",
+        ),
     ],
 )
 def test_bad_input(
@@ -209,7 +212,7 @@ def test_help_and_solving_do_not_wait_for_the_compiler(checkout: Path, tmp_path:
         "import sys; from fpsc.cli import app\n"
         "app(['tune', '--help'], standalone_mode=False)\n"
         "print('torch' in sys.modules)\n"
-        f"app(['tune', '--from', {str(path)!r}, '--out', {str(tmp_path)!r}], standalone_mode=False)\n"
+        f"app({['tune', '--from', str(path), '--out', str(tmp_path)]}, standalone_mode=False)\n"
         "print(*(m in sys.modules for m in ('diffusers', 'torch._inductor.compile_fx')))\n"
     )
     done = subprocess.run(
