@@ -218,7 +218,8 @@ class _Work:
 
     def _carried(self, prompt: int, bins: int) -> list[tuple[int, int]]:
         """(bin, reference) of every run again that a prompt needs."""
-        return list(itertools.product(range(bins), range(2))) if prompt < self.settings.carried else []
+        again = prompt < self.settings.carried
+        return list(itertools.product(range(bins), range(2))) if again else []
 
     def _run(self, instrument: Instrument, calls: Sequence[Call]) -> Run:
         """What a dense run shows; the first one decides where the others are measured."""
@@ -362,10 +363,8 @@ def merge(subject: Subject, settings: Settings, parts: Parts) -> Calibration:
     found = [
         [parts.read(damage_name(p, b)) for b in range(run.bins)] for p in range(settings.prompts)
     ]
-    carried = [
-        [[parts.read(carried_name(p, b, s))["carried"].item() for s in (0, 1)] for b in range(run.bins)]
-        for p in range(settings.carried)
-    ]
+    places = itertools.product(range(settings.carried), range(run.bins), range(2))
+    carried = [parts.read(carried_name(*place))["carried"].item() for place in places]
 
     def stacked(name: str) -> np.ndarray:
         return np.stack([np.stack([part[name] for part in row]) for row in found])
@@ -394,7 +393,7 @@ def merge(subject: Subject, settings: Settings, parts: Parts) -> Calibration:
         facts=facts,
         damage=stacked("damage"),
         attention=stacked("attention"),
-        carried=np.array(carried, np.float32),
+        carried=np.array(carried, np.float32).reshape(settings.carried, run.bins, 2),
         maps=stacked("maps").mean(axis=0),
     )
 

@@ -147,7 +147,7 @@ def uniform(calibration: Calibration, mode: int) -> Array:
 
 
 def best_uniform(calibration: Calibration, budget: Budget) -> int | None:
-    """The one mode for all cells that keeps a budget at the least predicted error (or attention)."""
+    """The one mode for all cells that keeps a budget at the least error (or attention)."""
     limit = budget.value * (1 + 1e-9)
     best: dict[int, float] = {}
     for mode in range(len(calibration.names)):

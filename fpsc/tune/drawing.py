@@ -96,7 +96,8 @@ def front(
 
 
 def sensitivity(axes: Sequence[Axes], calibration: Calibration) -> Any:
-    """A map for each bin: the error of the result if this head alone ran in the strong reference."""
+    """A map for each bin: the error of the result if this head alone ran in the strong
+    reference."""
     mode = calibration.names.index(calibration.run.references[1])
     values = np.sqrt(calibration.loss(calibration.gains)[..., mode])
     positive = values[values > 0]

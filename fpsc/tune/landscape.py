@@ -58,10 +58,9 @@ def built_in(calibration: Calibration) -> tuple[list[Landmark], list[str]]:
 
 def alike(a: Policy, b: Policy) -> bool:
     """Whether both do the same on one model, whatever they are called and for."""
-    parts = [(list(p.modes.values()), p.schedule, p.rules, p.tile) for p in (a, b)]
-    named = [[p.modes[phase.use] for phase in p.schedule] for p in (a, b)]
-    return (
-        parts[0][2:] == parts[1][2:]
-        and named[0] == named[1]
-        and ([phase.noise for phase in a.schedule] == [phase.noise for phase in b.schedule])
-    )
+    def said(policy: Policy) -> object:
+        phases = [(phase.noise, policy.modes[phase.use]) for phase in policy.schedule]
+        rules = [(r.layers, r.heads, r.noise, policy.modes[r.use]) for r in policy.rules]
+        return phases, rules, policy.tile
+
+    return said(a) == said(b)

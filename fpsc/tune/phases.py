@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fpsc.tune.solve import Infeasible
+from fpsc.tune.solve import Infeasible, close_in
 
 Array = np.ndarray
 
@@ -56,9 +56,7 @@ def fit(values: Array, weights: Array, limit: float, lines: int) -> Phases:
         Infeasible: no phases keep the limit.
     """
     slack = 1e-9 * max(abs(limit), 1e-300)
-    high = max(np.ptp(values, axis=-1).mean(), 1e-300) / max(
-        np.ptp(weights, axis=-1).mean(), 1e-300
-    )
+    spans = [max(float(np.ptp(x, axis=-1).mean()), 1e-300) for x in (values, weights)]
     best: Phases | None = None
 
     def at(price: float) -> bool:
@@ -72,21 +70,7 @@ def fit(values: Array, weights: Array, limit: float, lines: int) -> Phases:
     if at(0.0):
         assert best is not None
         return best
-    low = high
-    for _ in range(100):
-        if at(high):
-            break
-        low, high = high, 4 * high
-    for _ in range(100):
-        if low < high or not at(low):
-            break
-        low, high = low / 4, low
-    for _ in range(BISECTIONS):
-        middle = (low * high) ** 0.5
-        if at(middle):
-            high = middle
-        else:
-            low = middle
+    close_in(at, spans[0] / spans[1], BISECTIONS)
     if best is None:
         raise Infeasible(limit, float(weights.min(axis=-1).sum()))
     return best

@@ -78,8 +78,8 @@ def _charts(result: Result, uniform: list[Landmark], presets: list[Landmark]) ->
         charts.chart(
             "sensitivity",
             "What each head matters",
-            f"The relative error of the result if only this head ran in {run.references[1]}, in this "
-            "bin of noise.",
+            f"The relative error of the result if only this head ran in {run.references[1]}, in "
+            "this bin of noise.",
             figure,
         )
     )

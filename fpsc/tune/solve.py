@@ -22,6 +22,7 @@ Sources
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -109,39 +110,48 @@ def solve(problem: Problem) -> Solution:
         raise Infeasible(problem.limit, least)
     best, bound = lightest, -np.inf
 
-    def at(price: float) -> Array:
+    def keeps(price: float) -> bool:
         nonlocal best, bound
         choice = _relaxed(problem, problem.values, price * problem.weights)
         value, weight = _value(problem, choice), _total(problem.weights, choice)
-        bound = max(bound, value + price * (weight - problem.limit))
+        bound = max(bound, float(value + price * (weight - problem.limit)))
         if weight <= problem.limit + slack and value < _value(problem, best):
             best = choice
-        return choice
-
-    def keeps(price: float) -> bool:
-        return _total(problem.weights, at(price)) <= problem.limit + slack
+        return weight <= problem.limit + slack
 
     if not keeps(0.0):
-        spans = [np.ptp(x, axis=-1).mean() for x in (problem.values, problem.weights)]
-        high = low = max(spans[0], 1e-300) / max(spans[1], 1e-300)
-        for _ in range(MOST_STEPS):
-            if keeps(high):
-                break
-            low, high = high, 4 * high
-        for _ in range(MOST_STEPS):
-            if low < high or not keeps(low):
-                break
-            low, high = low / 4, low
-        for _ in range(BISECTIONS):
-            middle = (low * high) ** 0.5
-            if keeps(middle):
-                high = middle
-            else:
-                low = middle
+        spans = [float(np.ptp(x, axis=-1).mean()) for x in (problem.values, problem.weights)]
+        close_in(keeps, max(spans[0], 1e-300) / max(spans[1], 1e-300), BISECTIONS)
     best = _filled(problem, best, slack)
     value = _value(problem, best)
     # A bound above what was found is rounding.
     return Solution(best, value, _total(problem.weights, best), min(bound, value))
+
+
+def close_in(keeps: Callable[[float], bool], start: float, bisections: int) -> None:
+    """Tries prices that close in on the lowest one that keeps the budget; `keeps` remembers what it
+    wants of each.
+
+    start: the first price; 0 does not keep it.
+    """
+    low = high = start
+    if keeps(start):
+        for _ in range(MOST_STEPS):
+            low = high / 4
+            if not keeps(low):
+                break
+            high = low
+    else:
+        for _ in range(MOST_STEPS):
+            low, high = high, 4 * high
+            if keeps(high):
+                break
+    for _ in range(bisections):
+        middle = (low * high) ** 0.5
+        if keeps(middle):
+            high = middle
+        else:
+            low = middle
 
 
 def _relaxed(problem: Problem, values: Array, priced: Array) -> Array:

@@ -236,9 +236,11 @@ def test_a_run_that_begins_alike_is_not_computed_twice(calibration: Calibration)
     with Instrument(model.model, calibration.policy) as instrument:
         with instrument.recorded() as calls:
             dense = model.sample(0)
-        clean = calibration.policy.document.value | {
-            "schedule": [{"noise": "1..0.8", "use": "dense"}, {"noise": "0.8..0", "use": "near-0_25"}]
-        }
+        schedule = [
+            {"noise": "1..0.8", "use": "dense"},
+            {"noise": "0.8..0", "use": "near-0_25"},
+        ]
+        clean = calibration.policy.document.value | {"schedule": schedule}
         instrument.use(type(calibration.policy).from_dict(clean))
         whole = model.sample(0)
         with instrument.following(calls, 0.8), instrument.recorded() as computed:
