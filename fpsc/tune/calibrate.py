@@ -32,7 +32,7 @@ from fpsc.policy.values import level
 from fpsc.tune import cost, modes, timing
 from fpsc.tune.instrument import Call, Instrument
 from fpsc.tune.measure import Measurement
-from fpsc.tune.modes import Candidates
+from fpsc.tune.modes import DENSE_FP8, Candidates
 from fpsc.tune.parts import Parts
 from fpsc.tune.record import Calibration, Facts, Run, bin_of
 from fpsc.tune.subjects import Subject
@@ -235,6 +235,9 @@ class _Work:
         pairs = pairs / layout.tokens**2
         heads, head_dim = instrument.query[1], instrument.query[3]
         layers = instrument.state.layers
+        device = next(self.subject.model.parameters()).device
+        if not instrument.state.runs_fp8(device) and DENSE_FP8 in self.candidates.modes:
+            self.tell("fp8 modes run in the dtype of the input on this device, and are measured so")
         grid = (layout.grid.t, layout.grid.y, layout.grid.x)
         batch = instrument.query[0]
         shape = Shape(grid, heads, head_dim, batch, layout.prefix, layout.suffix)

@@ -36,7 +36,6 @@ from fpsc.runtime import ModelState
 from fpsc.tune.measure import SITE, Measurement, Observed
 from fpsc.unseen import FLAGS
 
-
 RECOMPILES = 64
 """Graphs of one model: with and without gradients, for each size of latent and each instrument."""
 

@@ -58,6 +58,7 @@ def built_in(calibration: Calibration) -> tuple[list[Landmark], list[str]]:
 
 def alike(a: Policy, b: Policy) -> bool:
     """Whether both do the same on one model, whatever they are called and for."""
+
     def said(policy: Policy) -> object:
         phases = [(phase.noise, policy.modes[phase.use]) for phase in policy.schedule]
         rules = [(r.layers, r.heads, r.noise, policy.modes[r.use]) for r in policy.rules]

@@ -151,8 +151,8 @@ class Validator:
         found = self.parts.facts(f"{name}.json") if self.parts else None
         if found is None or found.pop("says") != says(policy):
             return None
-        lists = (tuple(found[name]) for name in ("prompts", "errors", "psnr"))
-        return Validation(*lists, found["predicted"])
+        prompts, errors, likeness = (tuple(found[n]) for n in ("prompts", "errors", "psnr"))
+        return Validation(prompts, errors, likeness, found["predicted"])
 
     def _keep(self, name: str, policy: Policy, found: Validation | None) -> None:
         if self.parts is not None and found is not None:

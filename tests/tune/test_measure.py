@@ -99,7 +99,7 @@ def test_damage_is_the_squared_change_of_a_tokenwise_prediction(qkv: list[Tensor
     """In the mean over random directions, where the model behind acts token by token."""
     weight = torch.randn(2, SHAPE.head_dim, 5)
     total = 0.0
-    repeats = 40
+    repeats = 10
     for _ in range(repeats):
         r = torch.randn(SHAPE.tokens, 5)
         total += observe(qkv, torch.einsum("hdc,nc->hnd", weight, r)[None]).damage[1]
@@ -107,7 +107,7 @@ def test_damage_is_the_squared_change_of_a_tokenwise_prediction(qkv: list[Tensor
     for m, name in enumerate(CANDIDATES):
         change = torch.einsum("hnd,hdc->hnc", (alone(name, qkv) - dense)[0], weight)
         expected = change.square().sum(dim=(1, 2)).numpy()
-        assert total[:, m] / repeats == pytest.approx(expected, rel=0.25, abs=1e-6)
+        assert total[:, m] / repeats == pytest.approx(expected, rel=0.4, abs=1e-6)
 
 
 def test_a_sample_estimates_the_whole(qkv: list[Tensor]) -> None:
