@@ -89,7 +89,7 @@ def unit_costs(calibration: Calibration, kind: Kind) -> tuple[np.ndarray, float]
             "budget of attention or keep"
         )
     whole = run.cost.rest + cells * heads[calibration.dense]
-    return share * heads / whole, run.cost.rest / whole
+    return share * heads / whole, float(run.cost.rest / whole)
 
 
 def limit_of(calibration: Calibration, budget: Budget) -> float:
@@ -121,4 +121,4 @@ def dense_seconds(calibration: Calibration, kind: Kind) -> float:
         )
     attention = run.layers * run.heads * run.cost.heads[calibration.dense]
     rest = run.cost.rest if kind == "time" else 0.0
-    return (attention + rest) * len(run.steps)
+    return float((attention + rest) * len(run.steps))

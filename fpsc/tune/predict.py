@@ -85,7 +85,7 @@ def _of_parts(calibration: Calibration, choice: Array, parts: Array) -> Predicti
     def cost(kind: Kind) -> float:
         cells, constant = unit_costs(calibration, kind)
         costs = np.broadcast_to(cells[:, None, None], calibration.mean_damage.shape)
-        return float(per_bin(costs).sum()) + constant
+        return float(per_bin(costs).sum() + constant)
 
     damage = per_bin(calibration.mean_damage)
     timed = calibration.run.cost.kind == "measured"
