@@ -208,6 +208,11 @@ class Launcher:
             state.pins.pin([args[p] for p in self._activations], state.forward)
         return state.forward
 
+    def layers(self, args: Sequence[Any]) -> list[int | None]:
+        """The layer of each site of a call with these arguments; None where it is not known."""
+        state = self._state(args)
+        return [None if p is None else state.layer_of(args[p]) for p in self._weights]
+
     def tables(self, args: Sequence[Any]) -> list[Tensor]:
         """The inputs that are appended for a call with these arguments."""
         return self._tables(self._state(args), args)
@@ -238,7 +243,7 @@ class Launcher:
         table = state.table(self._heads, self._device)
         if held is not None and held.version == state.version:
             return held
-        layers = [None if p is None else state.layer_of(args[p]) for p in self._weights]
+        layers = self.layers(args)
         held = _Bound(state.version, _cells_of(table, layers))
         state.unknown_layers = None in layers
         if position is None:

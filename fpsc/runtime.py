@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fpsc import roots
 from fpsc.choice import Choice, for_component
-from fpsc.grid import layout
+from fpsc.grid import Layout, layout
 from fpsc.kernels import spans
 from fpsc.kernels.rows import noise_level, noise_rows
 from fpsc.kernels.select import fp8_support
@@ -248,6 +248,11 @@ class ModelState:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return self._plans[key]
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """The tiles of every span that was laid out and is still held."""
+        return [held.plan.layout for held in self._plans.values()]
 
     def lists(
         self, grid: tuple[int, int, int], prefix: int, suffix: int, device: torch.device

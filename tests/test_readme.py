@@ -13,7 +13,7 @@ from fpsc.cli import app
 
 NAMES = (
     *("benchmarks", "developing", "joint", "patterns", "policy", "quality", "tiles", "trainers"),
-    *("training", "training-data", "unmeasured"),
+    *("training", "training-data", "tune", "unmeasured"),
 )
 PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
 

@@ -11,6 +11,7 @@ from fpsc.cli.errors import reports_errors
 from fpsc.cli.inspect import inspect
 from fpsc.cli.policy import app as policy
 from fpsc.cli.train import train
+from fpsc.cli.tune import tune
 from fpsc.cli.version import installed, version
 from fpsc.demo.command import demo
 
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (compare, demo, encode, inspect, train, version):
+for command in (compare, demo, encode, inspect, train, tune, version):
     app.command()(reports_errors(command))
 app.add_typer(bench)
 app.add_typer(policy)

@@ -98,6 +98,8 @@ def chart(name: str, title: str, description: str, drawn: Figure) -> Chart:
     text = re.sub(r"#0[01]0[0-9a-f]{3}", lambda m: _variable(m.group()), text)
     text = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    # Those of equal pictures are equal too, and nothing refers to them.
+    text = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", text)
     width = f"{drawn.get_figwidth() * 96:.0f}px"
     head = Markup(
         '<svg role="img" aria-labelledby="{0}-title {0}-description" style="max-width: {1}"'

@@ -134,7 +134,7 @@ def account(policy: Policy, size: ModelSize, levels: Sequence[float] = ()) -> Ac
     cells = table.cells[:, : table.n_rows].numpy()
     dense = 4 * size.head_dim * tiles.tokens**2
     patterns = table.modes[:, 0].numpy()
-    keep, pairs, blocks = (values[patterns] for values in _visits(found, tiles))
+    keep, pairs, blocks = (values[patterns] for values in visits(found, tiles))
     if not applies:
         keep, pairs = np.ones(MODES), np.full(MODES, tiles.tokens**2)
         blocks = pairs
@@ -154,7 +154,7 @@ def account(policy: Policy, size: ModelSize, levels: Sequence[float] = ()) -> Ac
     )
 
 
-def _visits(found: Plan, tiles: Layout) -> tuple[Array, Array, Array]:
+def visits(found: Plan, tiles: Layout) -> tuple[Array, Array, Array]:
     """[PATTERNS] each, of what a pattern visits: keep, pairs of real tokens, of rows of blocks."""
     ptr = found.list_ptr.numpy().astype(np.int64)
     valid = tiles.valid.numpy().astype(np.int64)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fpsc.cli import app
 
-COMMANDS = ("compare", "demo", "encode", "inspect", "version")
+COMMANDS = ("compare", "demo", "encode", "inspect", "tune", "version")
 
 
 def run_python(code: str, cwd: Path) -> str:
