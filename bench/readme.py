@@ -8,8 +8,8 @@ A table stands between two markers, the first of which names the JSON, relative 
     <!-- table: bench/results/attention.json -->
     <!-- end of table -->
 
-The JSON is a record of `fpsc bench`. A folder of records of bench/joint.py has several tables, named
-behind a #:
+The JSON is a record of `fpsc bench`. A folder of records of bench/joint.py has several tables,
+named behind a #:
 
     <!-- table: bench/results/joint#variants -->
     <!-- end of table -->
