@@ -23,7 +23,9 @@ def table(run: Run) -> str:
     splits = [_split(result.name, result.split) for _, result in results if result.split]
     fits = [_fit(fit) for fit in run.fits]
     tables = [markdown(HEAD, ours)]
-    tables += [markdown(head, rows) for head, rows in ((SPLIT_HEAD, splits), (FIT_HEAD, fits)) if rows]
+    tables += [
+        markdown(head, rows) for head, rows in ((SPLIT_HEAD, splits), (FIT_HEAD, fits)) if rows
+    ]
     return "\n".join(tables)
 
 

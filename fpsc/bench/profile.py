@@ -39,7 +39,9 @@ _LINEAR = (
 TOP = 12
 NAME = 120
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile writes two lines to the terminal
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # else each profile writes two lines to the terminal
 
 
 def kind_of(name: str, shapes: Any = ()) -> str:
