@@ -243,7 +243,10 @@ def _resampled(frames: Iterable[_Timed], rate: float | None, fps: float | None) 
 def _covering(frame: Tensor, height: int, width: int) -> Tensor:
     """[3, H, W] scaled to cover height x width, and cut to it from the middle."""
     scale = max(height / frame.shape[1], width / frame.shape[2])
-    tall, wide = max(height, round(frame.shape[1] * scale)), max(width, round(frame.shape[2] * scale))
+    tall, wide = (
+        max(height, round(frame.shape[1] * scale)),
+        max(width, round(frame.shape[2] * scale)),
+    )
     if (tall, wide) != tuple(frame.shape[1:]):
         frame = torch.nn.functional.interpolate(
             frame[None], (tall, wide), mode="bicubic", antialias=True
