@@ -29,6 +29,7 @@ LATENTS = (4, 3, 16, 20)
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    fpsc.reports(clear=True)
     return tmp_path
 
 
@@ -105,15 +106,14 @@ def test_a_pytorch_loop_and_a_ramp(
         return out
 
     before = forward()
-    run(code[1], model=model)
+    names = run(code[1], **names)
     assert seen == [0.625]
     half = forward()
     assert not torch.equal(before, half)
     policy = fpsc.Policy.load("policy.yaml")
-    again = run(code[1], model=model)
-    again["ramp"](500)
+    names["ramp"](500)
     torch.testing.assert_close(forward(), before)
-    assert again["policy"].spec == policy.spec
+    assert names["policy"].spec == policy.spec
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from fpsc.errors import UserError
 from fpsc.models.build import find_model
 from fpsc.quality.clips import Clip, write_tensor
 from fpsc.train.data import check_fits, open_source
-from fpsc.train.data.clips import Size
+from fpsc.train.data.clips import ClipFile, Size, load
 from fpsc.train.data.encode import PipelineEncoder, fingerprint, held_out_names
 from fpsc.train.data.index import INDEX
 from tests.train.data.pipelines import CAPTION, FAMILIES, spec_of
@@ -100,9 +100,9 @@ def test_the_mask_of_a_caption_of_the_same_length_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("family", "size", "message"),
     [
-        ("wan", (6, 32, 48), "WanPipeline takes 4 n + 1 frames; the nearest is 5, found 6"),
+        ("wan", (6, 32, 48), r"WanPipeline takes 4 n \+ 1 frames; the nearest is 5, found 6"),
         ("wan", (5, 24, 48), "heights that are multiples of 16 and widths .* found 24 and 48"),
-        ("mochi", (5, 32, 48), "MochiPipeline takes 6 n + 1 frames; the nearest is 7, found 5"),
+        ("mochi", (5, 32, 48), r"MochiPipeline takes 6 n \+ 1 frames; the nearest is 7, found 5"),
     ],
 )
 def test_sizes_that_do_not_fit(family: str, size: tuple[int, int, int], message: str) -> None:
@@ -188,7 +188,8 @@ def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-SIZES = ("--size", "5x32x48", "--size", "5x48x32")
+SHORT = ("--max-length", "16")  # text, for time
+SIZES = ("--size", "5x32x48", "--size", "5x48x32", *SHORT)
 
 
 def encode(*arguments: str | Path, expect: int = 0) -> Any:
@@ -212,32 +213,26 @@ def test_a_folder_of_clips(model: Path, clips: Path) -> None:
     both = {"train": "out", "validation": "out"}
     held = open_source(both, held_out=True)
     assert len(source) == 6 and len(held) == 1
-    transformer = FAMILIES["wan"].pipe.transformer
-    check_fits(source, transformer)
-    captions, pipe = {}, FAMILIES["wan"].pipe
+    pipe = FAMILIES["wan"].pipe
+    check_fits(source, pipe.transformer)
+    about = {}
     for path in Path("out").glob("0*.safetensors"):
         with safe_open(path, "pt") as file:
-            for row, about in enumerate(json.loads(file.metadata()["clips"])):
-                captions[f"out/{path.name}#{row}"] = about
-    assert len(captions) == 7
-    from fpsc.train.data.clips import ClipFile, load
-
-    for part in (source, held):
-        for i in range(len(part)):
-            sample = part.sample(i)
-            about = captions[sample.key]
-            encoder = encoder_of(pipe, (5, 32, 48))
-            file = ClipFile(about["name"], clips / about["name"], about["caption"])
-            rgb = load(file, [Size(5, 32, 48), Size(5, 48, 32)], None)
-            assert torch.equal(sample.latents, encoder.latents(rgb))
-            text = encoder.text(f"clip number {about['name'][0]}")
-            assert sample.conditioning.keys() == {"encoder_hidden_states"} == sample.empty.keys()
-            assert torch.equal(
-                sample.conditioning["encoder_hidden_states"], text["encoder_hidden_states"]
-            )
-            assert torch.equal(
-                sample.empty["encoder_hidden_states"], encoder.text("")["encoder_hidden_states"]
-            )
+            for row, each in enumerate(json.loads(file.metadata()["clips"])):
+                about[f"out/{path.name}#{row}"] = each
+    assert len(about) == 7
+    encoder = encoder_of(pipe, (5, 32, 48), max_length=16)
+    empty = encoder.text("")["encoder_hidden_states"]
+    for sample in (*map(source.sample, range(6)), held.sample(0)):
+        name, caption = about[sample.key]["name"], about[sample.key]["caption"]
+        assert caption == f"clip number {name[0]}"
+        rgb = load(ClipFile(name, clips / name, ""), [Size(5, 32, 48), Size(5, 48, 32)], None)
+        assert torch.equal(sample.latents, encoder.latents(rgb))
+        assert sample.conditioning.keys() == {"encoder_hidden_states"} == sample.empty.keys()
+        text = encoder.text(caption)["encoder_hidden_states"]
+        assert torch.equal(sample.conditioning["encoder_hidden_states"], text)
+        assert torch.equal(sample.empty["encoder_hidden_states"], empty)
+        assert not torch.equal(text, empty)
 
 
 def test_stopped_and_run_again_it_is_as_unbroken(
@@ -268,7 +263,7 @@ def test_stopped_and_run_again_it_is_as_unbroken(
 
 
 def test_a_lost_shard_is_encoded_again(model: Path, clips: Path) -> None:
-    given = ("--model", model, "--size", "5x32x48", "--per-shard", "3")
+    given = ("--model", model, "--size", "5x32x48", "--per-shard", "3", *SHORT)
     encode(clips, "out", *given)
     before = files(Path("out"))
     Path("out/00001.safetensors").unlink()
@@ -280,8 +275,8 @@ def test_a_lost_shard_is_encoded_again(model: Path, clips: Path) -> None:
 
 
 def test_other_settings_in_the_same_folder(model: Path, clips: Path) -> None:
-    encode(clips, "out", "--model", model, "--size", "5x32x48")
-    done = encode(clips, "out", "--model", model, "--size", "5x48x32", expect=2)
+    encode(clips, "out", "--model", model, "--size", "5x32x48", *SHORT)
+    done = encode(clips, "out", "--model", model, "--size", "5x48x32", *SHORT, expect=2)
     assert 'encoded with sizes: ["5x32x48"], and this run has ["5x48x32"]' in done.stderr
 
 
@@ -296,7 +291,7 @@ def test_another_run_in_the_same_folder(model: Path, clips: Path) -> None:
 def test_broken_clips(model: Path, clips: Path) -> None:
     (clips / "3.safetensors").write_bytes(b"no")
     write_tensor(Clip(clip(4, 40, 60), 8.0, ""), clips / "4.safetensors")
-    given = (clips, "out", "--model", model, "--size", "5x32x48")
+    given = (clips, "out", "--model", model, "--size", "5x32x48", *SHORT)
     done = encode(*given, expect=2)
     assert "3.safetensors cannot be read as safetensors" in done.stderr
     assert "--skip-broken" in done.stderr
@@ -312,7 +307,7 @@ def test_latents_that_are_not_finite(
     monkeypatch.setattr(
         PipelineEncoder, "latents", lambda self, frames: torch.full((16, 2, 4, 6), torch.nan)
     )
-    done = encode(clips, "out", "--model", model, "--size", "5x32x48", expect=2)
+    done = encode(clips, "out", "--model", model, "--size", "5x32x48", *SHORT, expect=2)
     assert "0.safetensors: latents: expected finite numbers" in done.stderr
 
 
