@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from fpsc.cli.version import installed
 from fpsc.errors import UserError
 from fpsc.files import replacing
 from fpsc.kernels.select import fp8_support
+from fpsc.report import NothingReplacedWarning
 from fpsc.train import objective as objectives
 from fpsc.train.average import Average
 from fpsc.train.checkpoint import Checkpoints, Progress
@@ -174,6 +176,8 @@ class Trainer:
     def _ready(self, noisy: Noisy) -> None:
         """Compile and spread the model, and run it once: it is then known what is replaced."""
         before = len(fpsc.reports())
+        # A refiner of text is a block too. `check` says it where something is missing.
+        warnings.filterwarnings("ignore", category=NothingReplacedWarning)
         self.subject.compile(self.ramp.target, noisy.latents)
         self.subject.spread()
         mesh = self.processes.mesh()
