@@ -132,9 +132,11 @@ def tune(
         raise UserError("name a MODEL (`fpsc tune demo`), or a calibration with --from")
     budgets = [parse(text) for text in budget or ["keep=0.25"]]
     wishes = Wishes(monotone=monotone, smooth=smooth, lines=lines)
-    settings = _settings(
-        measure, carried, bins, edges, pattern, keep, mode_dtype, scales, cost, seed
-    )
+    settings = None
+    if from_ is None:
+        settings = _settings(
+            measure, carried, bins, edges, pattern, keep, mode_dtype, scales, cost, seed
+        )
     _writable(out)
     subject = None
     if model is not None:
@@ -151,7 +153,7 @@ def tune(
         if from_ is not None:
             calibration = Calibration.load(from_)
         else:
-            assert subject is not None
+            assert subject is not None and settings is not None
             if subject.prompts < measure + held_out:
                 raise UserError(
                     f"{subject.prompts} prompts, and --measure {measure} and --held-out {held_out} "
