@@ -43,9 +43,9 @@ def test_keep_falls_from_one_and_never_rises() -> None:
     assert rows[10 + 2 * STAGES] == keep_of(POLICY)
     for before, after in pairwise(rows):
         assert all(b >= a for b, a in zip(before, after, strict=True))
-    # Half-way between 1 and 1 / 2 are 9 of the 12 tiles, between 1 and 1 / 12 they are 6.5.
+    # Half-way between 1 and 1 / 2 are 9 of the 12 tiles, between 1 and 1 / 12 they are 6.5: 7.
     half = rows[10 + STAGES]
-    assert half == pytest.approx([1, (3 * 9 + 6) / 4 / 12, 6 / 12])
+    assert half == pytest.approx([1, (3 * 9 + 7) / 4 / 12, 7 / 12])
     assert way.keep_at(0) == 1 and way.keep_at(500) == pytest.approx(1 / 12)
 
 

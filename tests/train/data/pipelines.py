@@ -174,7 +174,7 @@ def mochi() -> Any:
     )
     model = diffusers.MochiTransformer3DModel(
         num_attention_heads=2,
-        attention_head_dim=8,
+        attention_head_dim=16,
         num_layers=1,
         pooled_projection_dim=16,
         in_channels=12,

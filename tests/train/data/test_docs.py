@@ -136,8 +136,8 @@ def test_accelerate_lora_and_checkpointing(
     code: list[str], published: None, folder: Path, no_inductor: None
 ) -> None:
     names = run(code[2])
-    (report,) = fpsc.reports()
-    assert report.replaced == 1 and report.layers == 2  # one graph for both blocks
+    # One graph for the block whose input needs no gradient, one for all others.
+    assert [(report.replaced, report.layers) for report in fpsc.reports()] == [(1, 2), (1, 2)]
     assert names["accelerator"].sync_gradients and torch.isfinite(names["loss"])
     model = names["accelerator"].unwrap_model(names["model"])
     assert model.is_gradient_checkpointing
