@@ -13,7 +13,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import fpsc
 from bench.tuning.carry_out import Tell
 from bench.tuning.record import RecordError, rounded
-from bench.tuning.variants import CONSTANT, PAPER, SAFE, Document, near, policy, without_fp8
+from bench.tuning.variants import (
+    CONSTANT,
+    PAPER,
+    SAFE,
+    TILE,
+    Document,
+    Phase,
+    policy,
+    without_fp8,
+)
 from fpsc.bench.environment import environment
 from fpsc.bench.markdown import NONE, markdown
 from fpsc.bench.record import Environment
@@ -29,7 +38,8 @@ LEVELS = Recipe().validation_sigmas
 
 def _always(tile: list[int] | str, **mode: Any) -> Document:
     whole = {"dtype": "fp8", "scales": {"qk": "tile", "v": "channel"}} | mode
-    return policy("survey", {"always": whole}, ("1.00..0.00", "always")) | {"tile": tile}
+    always = policy("survey", Phase("always", "1.00..0.00", 1.0))
+    return always | {"modes": {"always": whole}, "tile": tile}
 
 
 def _but(given: Document, layers: list[int]) -> Document:
@@ -38,8 +48,12 @@ def _but(given: Document, layers: list[int]) -> Document:
     return given | {"modes": modes, "except": [{"layers": layers, "use": "dense"}]}
 
 
-def _strips(keep: float) -> Document:
-    return policy("survey", {"always": near(keep)}, ("1.00..0.00", "always"))
+def _strips(**mode: Any) -> Document:
+    return _always(list(TILE), **mode)
+
+
+def _by_head(keep: float) -> Document:
+    return policy("survey", Phase("always", "1.00..0.00", keep))
 
 
 CANDIDATES: dict[str, Document] = {
@@ -55,8 +69,10 @@ CANDIDATES: dict[str, Document] = {
     "near in half frames 1x8x16, keep 0.25": _always(
         [1, 8, 16], pattern="near", weights=[8.0, 1.0, 1.0], keep=0.25
     ),
-    **{f"near in strips 1x16x4, keep {k:g}": _strips(k) for k in (0.25, 0.1875, 0.125)},
-    "near in strips, keep 0.25, without FP8": without_fp8(_strips(0.25)),
+    "near in strips 1x16x4, keep 0.25": _strips(pattern="near", keep=0.25),
+    "frame in strips, keep 0.25": _strips(pattern="frame", keep=0.25),
+    **{f"frame in strips, near in 4 heads, keep {k:g}": _by_head(k) for k in (0.25, 0.1875, 0.125)},
+    "the same at keep 0.25, without FP8": without_fp8(_by_head(0.25)),
     "the paper's order": PAPER,
     "dense early": SAFE,
     "constant": CONSTANT,

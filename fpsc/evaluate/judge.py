@@ -47,7 +47,7 @@ class Recipe:
     clips that a model drew, which are never as sharp, are read as well as these.
     """
 
-    steps: int = 1200
+    steps: int = 2500
     batch: int = 32
     lr: float = 4e-3
     weight_decay: float = 0.02

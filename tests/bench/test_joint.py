@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from fpsc.demo.model import build_model, load_model, save_model
 from fpsc.evaluate.network import QUESTIONS
 from fpsc.functional import attention
 from fpsc.kernels import reference
-from fpsc.policy import Policy, find
+from fpsc.policy import Policy, find, resolve
 from fpsc.train import config
 from tests.thresholds import KERNEL_FP8, relative_rms
 
@@ -51,11 +52,19 @@ def test_every_policy_is_valid_and_has_both_orders() -> None:
             other = VARIANTS[variant.untrained]
             assert other.train is None and other.run == variant.run
             assert other.v_scale == variant.v_scale
-    keep = [mode["keep"] for mode in PAPER["modes"].values()]
-    assert keep[0] < keep[2] < keep[1] <= 0.25  # early, late, middle
-    assert [mode["scales"]["qk"] for mode in PAPER["modes"].values()] == [
-        *("coarse", "fine", "intermediate")
-    ]
+    for near in ("", "-near"):
+        modes = [PAPER["modes"][phase + near] for phase in ("early", "middle", "late")]
+        early, middle, late = (mode["keep"] for mode in modes)
+        assert early < late < middle <= 0.25
+        assert [mode["scales"]["qk"] for mode in modes] == ["coarse", "fine", "intermediate"]
+    # The same as `fpsc train demo` trains for.
+    given = Policy.load(files("fpsc.train") / "recipes" / "demo-policy.yaml")
+    size = {"layers": 6, "heads": 3, "fp8": True}
+    ours = resolve(Policy.from_dict(PAPER), **size)
+    assert {str(mode) for mode in given.modes.values()} == {
+        str(mode) for mode in Policy.from_dict(PAPER).modes.values()
+    }
+    assert torch.equal(resolve(given, **size).cells, ours.cells)
     assert SAFE["schedule"][0]["use"] == "dense" and SAFE["modes"]["dense"]["keep"] == 1
 
 
