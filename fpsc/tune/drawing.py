@@ -58,7 +58,7 @@ def front(
         color=look.series[0],
         marker="o",
         markersize=3,
-        label="tuned, predicted",
+        label="tuned",
     )
     known = [p for p in tuned if p.found is not None]
     if known:
@@ -91,7 +91,7 @@ def front(
             label=mark.label,
         )
     axes.set_yscale("log")
-    axes.set(xlabel="keep, mean over the run", ylabel="relative error of the result")
+    axes.set(xlabel="keep, mean over the run", ylabel="predicted relative error of the result")
     axes.set_xlim(0, 1.02)
 
 

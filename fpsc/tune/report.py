@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -65,8 +64,8 @@ def _charts(result: Result, uniform: list[Landmark], presets: list[Landmark]) ->
         charts.chart(
             "front",
             "Error against keep",
-            "The line is what tuning reaches; diamonds are what its policies did on held-out "
-            "prompts. Every cross is one mode in all heads at all noise.",
+            "As predicted: the line is what tuning reaches, every cross one mode in all heads at "
+            "all noise. Diamonds are what the tuned policies did on held-out prompts.",
             figure,
         )
     )
@@ -116,18 +115,19 @@ def png(result: Result, uniform: list[Landmark], presets: list[Landmark]) -> Fig
     calibration, bins = result.calibration, result.calibration.run.bins
     figure = Figure(figsize=(10, 9), layout="constrained", facecolor="white")
     figure.suptitle(f"Tuning of {calibration.facts.model}", fontsize=12, fontweight="bold")
-    parts = figure.add_gridspec(3, bins, height_ratios=[2.2, 1, 1])
-    axes = figure.add_subplot(parts[0, :])
+    # Apart, so that the legend of the one takes no room from the other two.
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[2.2, 1, 1])
+    axes = top.subplots()
     drawing.front(axes, *_points(result), uniform, presets, PAPER)
     axes.grid(color="#e3e6ea")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
-    first = [figure.add_subplot(parts[1, b]) for b in range(bins)]
-    label = f"error of the head alone in {calibration.run.references[1]}"
-    figure.colorbar(drawing.sensitivity(first, calibration), ax=first, label=label)
-    second = [figure.add_subplot(parts[2, b]) for b in range(bins)]
+    first = middle.subplots(1, bins, squeeze=False)[0]
+    label = f"error of the head\nalone in {calibration.run.references[1]}"
+    middle.colorbar(drawing.sensitivity(first, calibration), ax=list(first), label=label)
+    second = bottom.subplots(1, bins, squeeze=False)[0]
     chosen = result.chosen[0]
     drawn = drawing.keeps(second, calibration, chosen.choice)
-    figure.colorbar(drawn, ax=second, label=f"keep, {chosen.budget}")
+    bottom.colorbar(drawn, ax=list(second), label=f"keep\n({chosen.budget})")
     return figure
 
 
@@ -155,10 +155,15 @@ def _patches(axes: Any, result: Result) -> list[Patch]:
 def _attention(result: Result) -> Figure:
     places = drawing.telling(result.calibration)
     run = result.calibration.run
-    tiles = [-(-n // s) for n, s in zip(run.grid, run.tile, strict=True)]
-    line = 9.0 * tiles[1] / (tiles[0] * (tiles[2] + 1)) + 0.35
-    figure = Figure(figsize=(9, min(line, 2.0) * len(places)), layout="constrained")
-    rows = np.atleast_1d(np.array(figure.subplots(len(places), 1)))
-    for axes, place in zip(rows, places, strict=True):
+    t, y, x = (-(-n // s) for n, s in zip(run.grid, run.tile, strict=True))
+    wide = t * (x + 1) / y
+    columns = min(3, max(1, round(6 / wide)))
+    rows = -(-len(places) // columns)
+    height = min(9.0 / columns / wide, 2.0) + 0.35
+    figure = Figure(figsize=(9, height * rows), layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, place in zip(every, places, strict=False):
         drawing.attention(axes, result.calibration, place)
+    for axes in every[len(places) :]:
+        axes.set_axis_off()
     return figure
