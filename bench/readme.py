@@ -8,8 +8,8 @@ A table stands between two markers, the first of which names the JSON, relative 
     <!-- table: bench/results/attention.json -->
     <!-- end of table -->
 
-The JSON is a record of `fpsc bench`. A folder of records of bench/joint.py has several tables,
-named behind a #:
+The JSON is a record of `fpsc bench`. What bench/joint.py and bench/tune.py wrote has several
+tables, named behind a #:
 
     <!-- table: bench/results/joint#variants -->
     <!-- end of table -->
@@ -41,29 +41,30 @@ def table_of(name: str, root: Path) -> str:
     Raises:
         SystemExit: there is no such file, or it is none that has a table.
     """
-    folder, of_folder, part = name.partition("#")
-    if of_folder:
-        return tuning_table(name, root / folder, part)
+    place, has_parts, part = name.partition("#")
+    if has_parts:
+        return part_of(name, root / place, part)
     try:
         return table(Run.load(root / name))
     except RecordError as error:
         sys.exit(f"{name}: expected a record of `fpsc bench`: {error}")
 
 
-def tuning_table(name: str, folder: Path, part: str) -> str:
-    """A table of a folder of records of bench/joint.py.
+def part_of(name: str, place: Path, part: str) -> str:
+    """One of several tables, of a folder of records of bench/joint.py or the file of bench/tune.py.
 
     Raises:
         SystemExit: there is no such table, or a record cannot be read.
     """
-    from bench.tuning import tables  # imports torch
-    from bench.tuning.record import RecordError
+    from bench import tune  # they import torch
+    from bench.tuning import record, tables
 
-    if part not in tables.PARTS:
-        sys.exit(f"{name}: expected one of {', '.join(tables.PARTS)} behind the #, found {part!r}")
+    parts = tune.PARTS if place.suffix == ".json" else tables.PARTS
+    if part not in parts:
+        sys.exit(f"{name}: expected one of {', '.join(parts)} behind the #, found {part!r}")
     try:
-        return tables.PARTS[part](folder)
-    except RecordError as error:
+        return parts[part](place)
+    except (record.RecordError, OSError, ValueError) as error:
         sys.exit(f"{name}: {error}")
 
 

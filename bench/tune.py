@@ -18,7 +18,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from fpsc.bench.environment import environment  # noqa: E402
+from fpsc.bench.markdown import markdown  # noqa: E402
 from fpsc.files import replacing  # noqa: E402
 from fpsc.grid import layout  # noqa: E402
 from fpsc.policy import Policy, find, plan, presets, resolve  # noqa: E402
@@ -254,6 +255,49 @@ def targets(record: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
     rank = spearman(a, b)
     met = rank >= LEAST_RANK and len(a) == POLICIES
     yield f"rank correlation of {POLICIES} policies, {LEAST_RANK}", f"{rank:.3f} of {len(a)}", met
+
+
+def at_keep(record: dict[str, Any]) -> str:
+    """A row for each seed: tuned at `KEEP`, and the best single mode there."""
+    name, rows = f"tuned-{KEEP:.4f}".replace(".", "_"), []
+    for each in record["seeds"]:
+        policies = each["policies"]
+        ones = [n for n, p in policies.items() if n.startswith("uniform") and p["keep"] == KEEP]
+        best = min(ones, key=lambda one: policies[one]["error"])
+        mine, phases, other = policies[name], policies[f"{name}-phases"], policies[best]
+        rows.append(
+            (
+                str(each["seed"]),
+                *(f"{p['error']:.2f} ({p['psnr_db']:.1f} dB)" for p in (mine, phases, other)),
+                best.removeprefix("uniform-").replace("_", "."),
+                f"{mine['predicted']:.2f}",
+            )
+        )
+    head = ("seed", "tuned", "tuned, in phases", "best single mode", "which is", "predicted")
+    return markdown(head, rows)
+
+
+def at_equal_cost(record: dict[str, Any]) -> str:
+    """A row for each built-in policy: its error, and that of what was tuned for its keep; means
+    over the seeds."""
+    rows = []
+    for preset in record["seeds"][0]["against"]:
+        pairs = [
+            (each["policies"][preset], each["policies"][each["against"][preset]])
+            for each in record["seeds"]
+        ]
+        theirs, ours = (float(np.mean([pair[i]["error"] for pair in pairs])) for i in range(2))
+        keep = pairs[0][0]["keep"]
+        rows.append((preset.removeprefix("preset-"), f"{keep:.2f}", f"{theirs:.3f}", f"{ours:.3f}"))
+    rows.sort(key=lambda row: float(row[1]))
+    return markdown(("built-in policy", "keep", "its error", "tuned for this keep"), rows)
+
+
+PARTS: dict[str, Callable[[Path], str]] = {
+    "keep": lambda path: at_keep(json.loads(path.read_text(encoding="utf-8"))),
+    "cost": lambda path: at_equal_cost(json.loads(path.read_text(encoding="utf-8"))),
+}
+"""The tables of docs/tune.md, by their name behind the file's (`bench.readme`)."""
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -20,7 +20,8 @@ def record(**changes: Any) -> dict[str, Any]:
         return {"keep": keep, "error": error, "predicted": predicted, "errors": [], "psnr_db": 30}
 
     policies = {
-        "tuned-0_2500": policy(0.01),
+        "tuned-0_2500": policy(0.01, predicted=0.008),
+        "tuned-0_2500-phases": policy(0.015),
         "uniform-near-0_25": policy(0.02),
         "uniform-near-0_5": policy(0.005, 0.5),
         "preset-demo": policy(0.03, 0.6),
@@ -54,6 +55,18 @@ def test_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(record(**wrong), tmp_path, monkeypatch) == 1
     slow = {**record(), "seconds": {"tune": 601.0, "again": 1.0}}
     assert check(slow, tmp_path, monkeypatch) == 1
+
+
+def test_tables_of_the_page(tmp_path: Path) -> None:
+    found = record()
+    second = {**found["seeds"][0], "seed": 1}
+    second["policies"] = {**second["policies"], "preset-demo": {"keep": 0.6, "error": 0.05}}
+    path = tmp_path / "tune.json"
+    path.write_text(json.dumps({**found, "seeds": [found["seeds"][0], second]}))
+    keep = tune.PARTS["keep"](path).splitlines()
+    assert len(keep) == 2 + 2
+    assert keep[2] == "| 0 | 0.01 (30.0 dB) | 0.01 (30.0 dB) | 0.02 (30.0 dB) | near-0.25 | 0.01 |"
+    assert tune.PARTS["cost"](path).splitlines()[2:] == ["| demo | 0.60 | 0.040 | 0.004 |"]
 
 
 def test_rank_correlation() -> None:
