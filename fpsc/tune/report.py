@@ -116,7 +116,8 @@ def png(result: Result, uniform: list[Landmark], presets: list[Landmark]) -> Fig
     figure = Figure(figsize=(10, 9), layout="constrained", facecolor="white")
     figure.suptitle(f"Tuning of {calibration.facts.model}", fontsize=12, fontweight="bold")
     # Apart, so that the legend of the one takes no room from the other two.
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[2.2, 1, 1])
+    parts = figure.subfigures(3, 1, squeeze=False, height_ratios=[2.2, 1, 1])
+    top, middle, bottom = parts[:, 0]
     axes = top.subplots()
     drawing.front(axes, *_points(result), uniform, presets, PAPER)
     axes.grid(color="#e3e6ea")
