@@ -138,7 +138,7 @@ def _mean(table: tuple[tuple[float, ...], ...], level: int | None = None) -> flo
 def keep_of(variant: Variant) -> float:
     """Mean keep over the steps of the demo's sampler, counted from the lists."""
     steps = levels(Sampling(scheduler="UniPCMultistepScheduler", steps=20, shift=FLOW_SHIFT))
-    size = ModelSize(name="demo", layers=1, heads=1, head_dim=64, grid=TokenGrid(*GRID))
+    size = ModelSize(name="demo", layers=6, heads=3, head_dim=64, grid=TokenGrid(*GRID))
     found = account(Policy.from_dict(variant.run), size, steps).run_keep()
     assert found is not None
     return found

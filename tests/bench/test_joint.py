@@ -133,9 +133,9 @@ def test_another_scale_of_v_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of one layer, whose output is not zero."""
+    """Small weights of as many layers and heads as the demo has; their output is not zero."""
     torch.manual_seed(0)
-    model = build_model(heads=1, layers=1, ffn_dim=32)
+    model = build_model(heads=3, head_dim=16, layers=6, ffn_dim=32)
     torch.nn.init.normal_(model.proj_out.weight, std=0.05)
     folder = tmp_path_factory.mktemp("start")
     save_model(model, folder)

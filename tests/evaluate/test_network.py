@@ -103,7 +103,7 @@ def clips_of(seeds: range, **said: str) -> Iterator[torch.Tensor]:
 
 
 def test_its_distance_sees_what_clips_show(judge: Judge) -> None:
-    here, there = range(HELD_OUT, HELD_OUT + 32), range(HELD_OUT + 100, HELD_OUT + 132)
+    here, there = range(HELD_OUT, HELD_OUT + 64), range(HELD_OUT + 100, HELD_OUT + 164)
     first = read(judge, clips_of(here)).features
     same = kernel_distance(first, read(judge, clips_of(there)).features)
     left = kernel_distance(first, read(judge, clips_of(here, front_direction="left")).features)
