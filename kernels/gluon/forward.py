@@ -8,7 +8,8 @@ ahead of the others by as many key tiles as there are stages, across the ends of
 
 *Two consumers*, warp groups of 64 rows of the query tile each. While one is busy with exponentials,
 the other has the tensor cores: they issue products in turns. Inside a consumer the products P V of
-one key tile run while the exponentials of the next are computed.
+one key tile run while the exponentials of the next are computed (`visit_tiles`), or two key tiles
+are taken at a time, with fewer instructions and without that overlap (`visit_pairs`).
 
 Barriers, each with the number of arrivals that complete a phase of it:
 
@@ -154,27 +155,176 @@ def lane_sums(p):
 
 
 @gluon.jit
-def weigh(s, meta, q_scale, m, total, S_LAYOUT: gl.constexpr):
-    """P of a key tile, the new m, by what all before is multiplied, and the new sums.
+def scale_of(meta, q_scale):
+    """By what scores are multiplied, and the weight of the last column of a tile.
 
     meta: scale and number of keys of the tile, two float32 in an int64.
     """
     c = q_scale * meta.to(gl.uint32).to(gl.float32, bitcast=True)
     keys = (meta >> 32).to(gl.uint32).to(gl.float32, bitcast=True)
-    weight = keys - (BLOCK - 1.0)  # of the last column: one less the copies
-    new_m = gl.maximum(m, gl.ceil(gl.max(s, 1) * c - P_OFFSET))
-    p = gl.exp2(s * c - new_m[:, None])
-    alpha = gl.exp2(m - new_m)
-    is_last = gl.arange(0, BLOCK, gl.SliceLayout(0, S_LAYOUT)) == BLOCK - 1
-    sums = lane_sums(gl.where(is_last[None, :], p * weight, p))
+    return c, keys - (BLOCK - 1.0)  # one less the copies
+
+
+@gluon.jit
+def weigh(s, c, last, m, LAYOUT: gl.constexpr):
+    """P of a key tile, and its sums."""
+    p = gl.exp2(s * c - m[:, None])
+    is_last = gl.arange(0, BLOCK, gl.SliceLayout(0, LAYOUT)) == BLOCK - 1
+    return p, lane_sums(gl.where(is_last[None, :], p * last, p))
+
+
+@gluon.jit
+def rescaled(total, alpha, sums):
     by_row: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
-    return p, new_m, alpha, total * gl.convert_layout(alpha, by_row)[:, None] + sums
+    return total * gl.convert_layout(alpha, by_row)[:, None] + sums
+
+
+@gluon.jit
+def weigh_tile(s, meta, q_scale, m, total, LAYOUT: gl.constexpr):
+    """P of a key tile, the new m, by what all before is multiplied, and the new sums."""
+    c, last = scale_of(meta, q_scale)
+    new_m = gl.maximum(m, gl.ceil(gl.max(s, 1) * c - P_OFFSET))
+    alpha = gl.exp2(m - new_m)
+    p, sums = weigh(s, c, last, new_m, LAYOUT)
+    return p, new_m, alpha, rescaled(total, alpha, sums)
+
+
+@gluon.jit
+def visit_tiles(
+    me: gl.constexpr, q, k_smem, v_smem, full, empty, turns, metas, list_ptr, q_scale, visits,
+    visited, total, no_s, no_acc, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """A consumer's way through a list that is not empty: m, sums, output and `visited`.
+
+    P V of a tile runs beside the exponentials of the next.
+    """
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=4)
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    other: gl.constexpr = 1 - me
+    m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    acc = no_acc
+    meta = gl.load(metas + gl.load(list_ptr))
+    next_tile = gl.load(list_ptr + gl.minimum(1, visits - 1))
+    stage = visited % STAGES
+    mbarrier.wait(full.index(stage), (visited // STAGES) & 1)
+    mbarrier.wait(turns.index(me), (visited + 1 - me) & 1)
+    s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), no_s, use_acc=False, is_async=True)
+    mbarrier.arrive(turns.index(other), count=1)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    next_meta = gl.load(metas + next_tile)
+    next_tile = gl.load(list_ptr + gl.minimum(2, visits - 1))
+    p, m, alpha, total = weigh_tile(s, meta, q_scale, m, total, S_LAYOUT)
+    quads = quads_of(p)
+    meta = next_meta
+    visited += 1
+    mbarrier.wait(full.index(visited % STAGES), (visited // STAGES) & 1, pred=visits > 1)
+    for j in range(1, visits):
+        stage = visited % STAGES
+        before = (visited - 1) % STAGES
+        mbarrier.wait(turns.index(me), (visited + 1 - me) & 1)
+        s = warpgroup_mma(
+            q, k_smem.index(stage).permute((1, 0)), no_s, use_acc=False, is_async=True
+        )
+        product = warpgroup_mma(
+            operand_of(quads, P_LAYOUT), v_smem.index(before).permute((1, 0)), no_acc,
+            use_acc=False, is_async=True,
+        )  # fmt: skip
+        mbarrier.arrive(turns.index(other), count=1)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        # Of the tile after this one, and the one after that: no load waits for another.
+        next_meta = gl.load(metas + next_tile)
+        next_tile = gl.load(list_ptr + gl.minimum(j + 2, visits - 1))
+        old_alpha = alpha
+        p, m, alpha, total = weigh_tile(s, meta, q_scale, m, total, S_LAYOUT)
+        meta = next_meta
+        visited += 1
+        # Here, because the assembler would take the wait for the product over all of the above if
+        # nothing that branches stood in between.
+        mbarrier.wait(full.index(visited % STAGES), (visited // STAGES) & 1, pred=j + 1 < visits)
+        product = warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(empty.index(before), count=1)
+        acc = acc * gl.convert_layout(old_alpha, O_ROWS)[:, None] + product
+        quads = quads_of(p)
+    before = (visited - 1) % STAGES
+    product = warpgroup_mma(
+        operand_of(quads, P_LAYOUT), v_smem.index(before).permute((1, 0)), no_acc,
+        use_acc=False, is_async=True,
+    )  # fmt: skip
+    product = warpgroup_mma_wait(0, deps=(product,))
+    mbarrier.arrive(empty.index(before), count=1)
+    acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None] + product
+    return m, total, acc, visited
+
+
+@gluon.jit
+def visit_pairs(
+    me: gl.constexpr, q, k_smem, v_smem, full, empty, turns, metas, list_ptr, q_scale, visits,
+    visited, turn, total, no_s, no_acc, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """As `visit_tiles`, two tiles at a time: half the maxima and rescaling, and no overlap but that
+    with the other consumer, for there are no registers. A last tile without a second one is taken
+    twice, its weights then zero.
+    """
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=4)
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    other: gl.constexpr = 1 - me
+    m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    acc = no_acc
+    next_first = gl.load(list_ptr)
+    next_second = gl.load(list_ptr + gl.minimum(1, visits - 1))
+    for j in range(0, visits, 2):
+        both = j + 1 < visits
+        meta, second_meta = gl.load(metas + next_first), gl.load(metas + next_second)
+        next_first = gl.load(list_ptr + gl.minimum(j + 2, visits - 1))
+        next_second = gl.load(list_ptr + gl.minimum(j + 3, visits - 1))
+        stage = visited % STAGES
+        second = (visited + both.to(gl.int32)) % STAGES
+        mbarrier.wait(full.index(stage), (visited // STAGES) & 1)
+        mbarrier.wait(full.index(second), ((visited + 1) // STAGES) & 1, pred=both)
+        mbarrier.wait(turns.index(me), (turn + 1 - me) & 1)
+        s = warpgroup_mma(
+            q, k_smem.index(stage).permute((1, 0)), no_s, use_acc=False, is_async=True
+        )
+        second_s = warpgroup_mma(
+            q, k_smem.index(second).permute((1, 0)), no_s, use_acc=False, is_async=True
+        )
+        mbarrier.arrive(turns.index(other), count=1)
+        s, second_s = warpgroup_mma_wait(0, deps=(s, second_s))
+        c, last = scale_of(meta, q_scale)
+        second_c, second_last = scale_of(second_meta, q_scale)
+        largest = gl.maximum(gl.max(s, 1) * c, gl.max(second_s, 1) * second_c)
+        new_m = gl.maximum(m, gl.ceil(largest - P_OFFSET))
+        alpha = gl.exp2(m - new_m)
+        m = new_m
+        p, sums = weigh(s, c, last, m, S_LAYOUT)
+        quads = quads_of(p)
+        second_m = gl.where(both, m, -LOWEST)  # beside a list's end every weight is zero
+        p, second_sums = weigh(second_s, second_c, second_last, second_m, S_LAYOUT)
+        second_quads = quads_of(p)
+        total = rescaled(total, alpha, sums + second_sums)
+        product = warpgroup_mma(
+            operand_of(quads, P_LAYOUT), v_smem.index(stage).permute((1, 0)), no_acc,
+            use_acc=False, is_async=True,
+        )  # fmt: skip
+        product = warpgroup_mma(
+            operand_of(second_quads, P_LAYOUT), v_smem.index(second).permute((1, 0)), product,
+            is_async=True,
+        )  # fmt: skip
+        product = warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(empty.index(second), count=1, pred=both)
+        acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None] + product
+        visited += 1 + both.to(gl.int32)
+        turn += 1
+    return m, total, acc, visited, turn
 
 
 @gluon.jit
 def attend_rows(
     me: gl.constexpr, buffers, tensors, sizes,
-    D: gl.constexpr, DP: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, DP: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """A consumer, 0 or 1."""
     q_smem, k_smem, v_smem, q_full, q_empty, full, empty, turns = buffers
@@ -183,14 +333,12 @@ def attend_rows(
         gather_ptr, valid_ptr,
     ) = tensors  # fmt: skip
     items, scale, H, G, N, TILES = sizes
-    other: gl.constexpr = 1 - me
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 32]
     )
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DP, 32]
     )
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=4)
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=DP, element_bitwidth=8, rank=2)
@@ -201,6 +349,7 @@ def attend_rows(
 
     taken = 0  # items
     visited = 0  # key tiles, of all items
+    turn = 0  # pairs of them
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         head, tile, first, visits = load_item(work_ptr, item)
         b, h = head // H, head % H
@@ -214,61 +363,16 @@ def attend_rows(
         total = lane_sums(no_s)
         acc = no_acc
         if visits > 0:
-            list_ptr = list_idx + first
-            meta = gl.load(metas + gl.load(list_ptr))
-            next_tile = gl.load(list_ptr + gl.minimum(1, visits - 1))
-            stage = visited % STAGES
-            mbarrier.wait(full.index(stage), (visited // STAGES) & 1)
-            mbarrier.wait(turns.index(me), (visited + 1 - me) & 1)
-            s = warpgroup_mma(
-                q, k_smem.index(stage).permute((1, 0)), no_s, use_acc=False, is_async=True
-            )
-            mbarrier.arrive(turns.index(other), count=1)
-            s = warpgroup_mma_wait(0, deps=(s,))
-            next_meta = gl.load(metas + next_tile)
-            next_tile = gl.load(list_ptr + gl.minimum(2, visits - 1))
-            p, m, alpha, total = weigh(s, meta, q_scale, m, total, S_LAYOUT)
-            quads = quads_of(p)
-            meta = next_meta
-            visited += 1
-            mbarrier.wait(full.index(visited % STAGES), (visited // STAGES) & 1, pred=visits > 1)
-            for j in range(1, visits):
-                stage = visited % STAGES
-                before = (visited - 1) % STAGES
-                mbarrier.wait(turns.index(me), (visited + 1 - me) & 1)
-                s = warpgroup_mma(
-                    q, k_smem.index(stage).permute((1, 0)), no_s, use_acc=False, is_async=True
-                )
-                product = warpgroup_mma(
-                    operand_of(quads, P_LAYOUT), v_smem.index(before).permute((1, 0)), no_acc,
-                    use_acc=False, is_async=True,
+            if PAIRS:
+                m, total, acc, visited, turn = visit_pairs(
+                    me, q, k_smem, v_smem, full, empty, turns, metas, list_idx + first, q_scale,
+                    visits, visited, turn, total, no_s, no_acc, S_LAYOUT, O_LAYOUT, STAGES,
                 )  # fmt: skip
-                mbarrier.arrive(turns.index(other), count=1)
-                s = warpgroup_mma_wait(1, deps=(s,))
-                # Of the tile after this one, and the one after that: no load waits for another.
-                next_meta = gl.load(metas + next_tile)
-                next_tile = gl.load(list_ptr + gl.minimum(j + 2, visits - 1))
-                old_alpha = alpha
-                p, m, alpha, total = weigh(s, meta, q_scale, m, total, S_LAYOUT)
-                meta = next_meta
-                visited += 1
-                # Here, because the assembler would take the wait for the product over all of the
-                # above if nothing that branches stood in between.
-                mbarrier.wait(
-                    full.index(visited % STAGES), (visited // STAGES) & 1, pred=j + 1 < visits
-                )
-                product = warpgroup_mma_wait(0, deps=(product,))
-                mbarrier.arrive(empty.index(before), count=1)
-                acc = acc * gl.convert_layout(old_alpha, O_ROWS)[:, None] + product
-                quads = quads_of(p)
-            before = (visited - 1) % STAGES
-            product = warpgroup_mma(
-                operand_of(quads, P_LAYOUT), v_smem.index(before).permute((1, 0)), no_acc,
-                use_acc=False, is_async=True,
-            )  # fmt: skip
-            product = warpgroup_mma_wait(0, deps=(product,))
-            mbarrier.arrive(empty.index(before), count=1)
-            acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None] + product
+            else:
+                m, total, acc, visited = visit_tiles(
+                    me, q, k_smem, v_smem, full, empty, turns, metas, list_idx + first, q_scale,
+                    visits, visited, total, no_s, no_acc, S_LAYOUT, O_LAYOUT, STAGES,
+                )  # fmt: skip
         mbarrier.arrive(q_empty.index(buffer), count=1)
         taken += 1  # noqa: SIM113
 
@@ -314,14 +418,14 @@ def ring(SIZE: gl.constexpr, ARRIVALS: gl.constexpr):
 def attend(
     q_desc, k_desc, v_desc, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr,
     heads_ptr, work_ptr, list_idx, gather_ptr, valid_ptr, scale, H, G, N, TILES,
-    D: gl.constexpr, DP: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, DP: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """All FP8 cells; arguments as in `fpsc.kernels.triton.forward.attend`, but:
 
     q_desc: blocks [64, DP] of [B * H * TILES * 128, DP]; k_desc: [32, 1, 2, DP] of [B * G * TILES *
     32, 2, 2, DP]; v_desc: [DP, 128] of [B * G * DP, TILES * 128]. work: int32 [items, 4], see
     `load_item`; heads: its first number says how many heads have FP8 cells. STAGES: at least 3,
-    because a consumer holds two key tiles when it asks for a third.
+    because a consumer holds two key tiles when it asks for a third. PAIRS: `visit_pairs`.
     """
     gl.static_assert(STAGES >= 3)
     items = gl.load(heads_ptr) * TILES
@@ -342,8 +446,8 @@ def attend(
     sizes = (items, scale, H, G, N, TILES)
     gl.warp_specialize(
         [
-            (attend_rows, (0, buffers, tensors, sizes, D, DP, STAGES)),
-            (attend_rows, (1, buffers, tensors, sizes, D, DP, STAGES)),
+            (attend_rows, (0, buffers, tensors, sizes, D, DP, STAGES, PAIRS)),
+            (attend_rows, (1, buffers, tensors, sizes, D, DP, STAGES, PAIRS)),
             (
                 copy_tiles,
                 (

@@ -56,7 +56,7 @@ def attend(
         forward.attend, (min(items, tune.multiprocessors(call.q.device)),),
         *descriptors(tiles), saved.q_scale, meta.view(torch.int64), saved.v_scale, saved.shift, out,
         lse, heads, work, seen.idx, gather, valid, abs(call.scale), H, G, N, TILES,
-        D=call.fixed["D"], DP=DP, STAGES=config.stages, **config.launch(),
+        D=call.fixed["D"], DP=DP, STAGES=config.stages, PAIRS=config.BN > BLOCK, **config.launch(),
     )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def _gluon(capability: int, element: str, dp: int) -> Iterator[Variant]:
     for config in candidates("fp8_gluon", divmod(capability, 10), dp):
         half = BLOCK // 2
         signature = _signature(
-            gluon.attend, element, D=dp, DP=dp, STAGES=config.stages,
+            gluon.attend, element, D=dp, DP=dp, STAGES=config.stages, PAIRS=config.BN > BLOCK,
             q_desc=_descriptor([half, dp]), k_desc=_descriptor([half // 2, 1, 2, dp]),
             v_desc=_descriptor([dp, BLOCK]),
         )  # fmt: skip

@@ -20,7 +20,7 @@ class Config:
     """How a kernel is compiled.
 
     Attributes:
-        BM, BN: rows of a block of queries and of keys, at most a tile.
+        BM, BN: rows of a block of queries and of keys; at most a tile, or BN two of them.
         warps, stages: of a program, and buffers in flight in its loop.
         specialise: one warp group loads for two that compute (Hopper; 4 warps each).
         persistent: one program a multiprocessor takes item after item.
@@ -96,8 +96,8 @@ def candidates(
     bfloat16 and float16 alike.
     """
     if kernel in GLUON:
-        fits = capability == (9, 0) and dp in GLUON_HEAD_DIMS and not permuted
-        gluon = HOPPER_GLUON if fits else ()
+        fits = capability == (9, 0) and not permuted
+        gluon = HOPPER_GLUON.get(dp, ()) if fits else ()
         if kernel == "fp8_gluon":
             return gluon
         return candidates("fp8", capability, dp, permuted=permuted) + gluon
@@ -114,9 +114,13 @@ HOPPER_FORWARD = (
     Config(128, 128, 8, 2),
 )
 
-# Four stages, because a consumer holds two of them and asks for a third.
-HOPPER_GLUON = (Config(128, 128, 4, 4, gluon=True),)
-GLUON_HEAD_DIMS = (64, 128)  # padded
+# Four stages, because a consumer holds two of them and asks for a third. Two tiles at a time spill
+# at head_dim 64, where more stands beside the scores.
+HOPPER_GLUON = {
+    64: (Config(128, 128, 4, 4, gluon=True),),
+    128: (Config(128, 128, 4, 4, gluon=True), Config(128, 256, 4, 4, gluon=True)),
+}
+GLUON_HEAD_DIMS = tuple(HOPPER_GLUON)  # padded
 GLUON_REGISTERS = 168
 """Of a thread at the launch: of 12 warps, before consumers take those that the producer gives."""
 

@@ -17,10 +17,10 @@ import ast
 import math
 import random
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,10 +36,6 @@ class Deadlock(Exception):
 
 class Hazard(Exception):
     """What a schedule must not do."""
-
-
-class _Stopped(BaseException):
-    """Ends the other roles after an error."""
 
 
 # ---- values
@@ -202,7 +198,7 @@ class Barriers:
         return self.barriers[int(i)]
 
 
-@dataclass
+@dataclass(eq=False)
 class Product:
     """What `warpgroup_mma` gives: a result that is there after a wait."""
 
@@ -220,16 +216,32 @@ class Product:
 
 # ---- who runs when
 
+Pause = tuple[Callable[[], bool], str]
+"""What a role yields: whether it can go on, and what it waits for."""
+
+
+def always() -> bool:
+    return True
+
 
 @dataclass
 class Role:
     name: str
-    run: Callable[[], None]
-    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    ready: Callable[[], bool] = lambda: True
+    steps: Iterator[Pause]
+    ready: Callable[[], bool] = always
     waits_for: str = ""
     done: bool = False
     products: list[Product] = field(default_factory=list)
+
+    def resume(self) -> None:
+        try:
+            self.ready, self.waits_for = next(self.steps)
+        except StopIteration:
+            self.done = True
+
+    def finish_next(self) -> None:
+        """Products of a warp group are finished in their order."""
+        next(p for p in self.products if p.result is None).finish()
 
 
 class Schedule:
@@ -237,80 +249,36 @@ class Schedule:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.roles: list[Role] = []
         self.copies: list[Callable[[], None]] = []
-        self.issued: list[str] = []  # by which role each product was
-        self.back = threading.Semaphore(0)
-        self.current: Role | None = None
-        self.error: BaseException | None = None
-
-    @property
-    def role(self) -> Role:
-        assert self.current is not None
-        return self.current
-
-    def pause(self, ready: Callable[[], bool] = lambda: True, waits_for: str = "") -> None:
-        role = self.role
-        role.ready, role.waits_for = ready, waits_for
-        self.back.release()
-        role.go.acquire()
-        if self.error is not None:
-            raise _Stopped
+        self.issued: list[str] = []  # by which role each product of two memories was
+        self.role: Role
 
     def run(self, roles: list[Role]) -> None:
-        self.roles = roles
-        threads = [threading.Thread(target=self._body, args=(r,), daemon=True) for r in roles]
-        for thread in threads:
-            thread.start()
-        weights = {role.name: self.random.expovariate(1.0) for role in roles}
-        weights |= {"copy": self.random.expovariate(1.0), "product": self.random.expovariate(1.0)}
-        while self.error is None and not all(role.done for role in roles):
+        kinds = [*(role.name for role in roles), "copy", "product"]
+        often = {kind: self.random.expovariate(1.0) for kind in kinds}
+        while not all(role.done for role in roles):
             options: list[tuple[float, Callable[[], None]]] = []
             for role in roles:
                 if not role.done and role.ready():
-                    options.append((weights[role.name], lambda role=role: self._resume(role)))
+                    options.append((often[role.name], partial(self._resume, role)))
                 if any(product.result is None for product in role.products):
-                    options.append((weights["product"], lambda role=role: finish_next(role)))
-            options += [(weights["copy"], lambda n=n: self.copies.pop(n)()) for n in range(len(self.copies))]
+                    options.append((often["product"], role.finish_next))
+            for n in range(len(self.copies)):
+                options.append((often["copy"], partial(self._complete, n)))
             if not options:
-                left = [f"{role.name} waits for {role.waits_for}" for role in roles if not role.done]
-                self.error = Deadlock("; ".join(left))
-                break
-            try:
-                self.random.choices([o for _, o in options], [w for w, _ in options])[0]()
-            except Exception as error:
-                self.error = error
-        for role in roles:
-            role.go.release()
-        for thread in threads:
-            thread.join()
-        if self.error is not None:
-            raise self.error
+                left = (f"{r.name} waits for {r.waits_for}" for r in roles if not r.done)
+                raise Deadlock("; ".join(left))
+            weights, steps = zip(*options, strict=True)
+            self.random.choices(steps, weights)[0]()
         if self.copies:
             raise Hazard(f"{len(self.copies)} copies are under way at the end")
 
     def _resume(self, role: Role) -> None:
-        self.current = role
-        role.go.release()
-        self.back.acquire()
+        self.role = role
+        role.resume()
 
-    def _body(self, role: Role) -> None:
-        role.go.acquire()
-        try:
-            if self.error is None:
-                with np.errstate(all="ignore"):
-                    role.run()
-        except _Stopped:
-            return
-        except BaseException as error:
-            self.error = error
-        role.done = True
-        self.back.release()
-
-
-def finish_next(role: Role) -> None:
-    """Products of a warp group are finished in their order."""
-    next(p for p in role.products if p.result is None).finish()
+    def _complete(self, n: int) -> None:
+        self.copies.pop(n)()
 
 
 # ---- the language
@@ -330,7 +298,8 @@ class Emulator:
             constexpr=lambda x: x, int32=np.int32, int64=np.int64, uint32=np.uint32,
             float32=np.float32, float8e4nv="e4m3", load=load, store=store,
             program_id=lambda axis: self.program, num_programs=lambda axis: self.programs,
-            static_range=range, static_assert=_assert, arange=lambda a, b, layout: Value(np.arange(a, b)),
+            static_range=range, static_assert=_assert,
+            arange=lambda first, end, layout: Value(np.arange(first, end)),
             full=lambda shape, x, dtype, layout: Value(np.full(shape, x, dtype)),
             zeros=lambda shape, dtype, layout: Value(np.zeros(shape, dtype)),
             sum=lambda x, axis: Value(x.x.sum(axis, dtype=np.float32)),
@@ -338,7 +307,7 @@ class Emulator:
             maximum=_both(np.fmax), minimum=_both(np.minimum),
             exp2=lambda x: Value(np.exp2(x.x)), log2=lambda x: Value(np.log2(x.x)),
             ceil=lambda x: Value(np.ceil(x.x)),
-            where=lambda c, a, b: Value(np.where(raw(c), raw(a), np.float32(b) if isinstance(b, float) else raw(b))),
+            where=where,
             split=lambda x: (Value(x.x[..., 0]), Value(x.x[..., 1])),
             convert_layout=lambda x, layout, assert_trivial=False: x,
             inline_asm_elementwise=assembler,
@@ -368,38 +337,41 @@ class Emulator:
         return Memory(np.full(shape, UNSET, np.float32), slots)
 
     def specialise(self, roles: list[tuple[Any, tuple[Any, ...]]], *_: Any) -> None:
-        names = [f"{function.__name__} {n}" for n, (function, _) in enumerate(roles)]
         self.schedule.run(
             [
-                Role(name, lambda function=function, given=given: function(*given))
-                for name, (function, given) in zip(names, roles, strict=True)
+                Role(f"{function.__name__} {n}", function(*given))
+                for n, (function, given) in enumerate(roles)
             ]
         )
 
     def init(self, barrier: Barrier, count: int) -> None:
         barrier.count = barrier.pending = count
 
-    def wait(self, barrier: Barrier, phase: Any, pred: Any = True) -> None:
+    # What follows is called by `yield from`: see `functions`.
+
+    def wait(self, barrier: Barrier, phase: Any, pred: Any = True) -> Iterator[Pause]:
         if pred:
             parity = int(phase)
-            which = f"parity {parity} of {barrier.name}, in phase {barrier.phase}"
-            self.schedule.pause(lambda: barrier.completed(parity), which)
+            yield partial(barrier.completed, parity), f"parity {parity} of {barrier.name}"
 
-    def expect(self, barrier: Barrier, bytes: int) -> None:
-        self.schedule.pause()
+    def expect(self, barrier: Barrier, bytes: int) -> Iterator[Pause]:
+        yield always, ""
         barrier.update(arrivals=1, expected=bytes)
 
-    def arrive(self, barrier: Barrier, count: int) -> None:
-        self.schedule.pause()
-        barrier.update(arrivals=count)
+    def arrive(self, barrier: Barrier, count: int, pred: Any = True) -> Iterator[Pause]:
+        yield always, ""
+        if pred:
+            barrier.update(arrivals=count)
 
-    def copy(self, source: Any, coordinates: list[Any], barrier: Barrier, target: Memory) -> None:
-        self.schedule.pause()
+    def copy(
+        self, source: Any, coordinates: list[Any], barrier: Barrier, target: Memory
+    ) -> Iterator[Pause]:
+        yield always, ""
         block = tuple(
             slice(int(at), int(at) + size)
             for at, size in zip(coordinates, source.block_shape, strict=True)
         )
-        data = source.base[block].view(torch.float8_e4m3fn).float().numpy()
+        data = source.base[block].float().numpy()
         if data.shape != target.x.shape:
             raise Hazard(f"a copy of {data.shape} into {target.x.shape}, at {coordinates}")
         for slot in target.slots:
@@ -415,31 +387,44 @@ class Emulator:
         self.schedule.copies.append(complete)
 
     def multiply(
-        self, a: Value | Memory, b: Memory, acc: Value, use_acc: bool, is_async: bool
-    ) -> Product:
-        self.schedule.pause()
-        assert is_async and not use_acc, "what the kernel uses"
+        self, a: Value | Memory, b: Memory, acc: Value | Product, use_acc: bool = True,
+        is_async: bool = False,
+    ) -> Generator[Pause, None, Product]:  # fmt: skip
+        yield always, ""
+        assert is_async, "what the kernel uses"
         slots = [*b.slots, *(a.slots if isinstance(a, Memory) else [])]
         for slot in slots:
             if slot.copies or slot.version == 0:
                 raise Hazard(f"{slot.name} is read before a copy into it is complete")
-        product = Product(lambda: a.x @ b.x, slots, [slot.version for slot in slots])
+
+        def compute() -> np.ndarray:
+            before = acc.result if isinstance(acc, Product) else acc
+            return a.x @ b.x + (raw(before) if use_acc else 0.0)
+
+        product = Product(compute, slots, [slot.version for slot in slots])
         self.schedule.role.products.append(product)
-        self.schedule.issued.append(self.schedule.role.name)
+        if isinstance(a, Memory):
+            self.schedule.issued.append(self.schedule.role.name)
         return product
 
-    def await_products(self, outstanding: int, deps: tuple[Product, ...]) -> Value:
-        self.schedule.pause()
+    def await_products(
+        self, outstanding: int, deps: tuple[Product, ...]
+    ) -> Generator[Pause, None, Any]:
+        yield always, ""
         products = self.schedule.role.products
         while len(products) > outstanding:
             if products[0].result is None:
                 products[0].finish()
             products.pop(0)
-        (product,) = deps
-        if product in products:
+        if any(product in products for product in deps):
             raise Hazard("a result is used before it was waited for")
-        assert product.result is not None
-        return product.result
+        results = tuple(product.result for product in deps)
+        return results[0] if len(results) == 1 else results
+
+
+def where(condition: Any, a: Any, b: Any) -> Value:
+    a, b = (np.float32(x) if isinstance(x, float) else raw(x) for x in (a, b))
+    return Value(np.where(raw(condition), a, b))
 
 
 def _assert(condition: bool) -> None:
@@ -466,7 +451,9 @@ def assembler(
         assert text == "mov.b32 $0, $1;" and dtype == "e4m3"
         words = given[0].x  # a register holds neighbours of the last dimension
         assert words.shape[-1] == 4 and (words == words[..., :1]).all()
-        return Value(of_e4m3(np.ascontiguousarray(words[..., 0], np.int32)[..., None].view(np.uint8)))
+        return Value(
+            of_e4m3(np.ascontiguousarray(words[..., 0], np.int32)[..., None].view(np.uint8))
+        )
     halves = {name: (int(low), int(high)) for name, high, low in _CONVERT.findall(text)}
     order = [n for name in _JOIN.findall(text)[0] for n in halves[name]]
     quads = np.stack([e4m3(given[n - 1].x) for n in order], -1)
@@ -476,16 +463,49 @@ def assembler(
 # ---- kernels
 
 
-def functions(source: str, names: dict[str, Any]) -> dict[str, Any]:
-    """The functions of a kernel's source, with these meanings of what it imports."""
+PAUSING = {"warpgroup_mma", "warpgroup_mma_wait"}
+PAUSING_METHODS = {"wait", "expect", "arrive", "async_copy_global_to_shared"}
+
+
+class _Pausing(ast.NodeTransformer):
+    """Functions become generators, and calls of what may pause `yield from`."""
+
+    def __init__(self, defined: set[str]) -> None:
+        self.defined = defined
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        called = node.func
+        pauses = (
+            called.id in self.defined | PAUSING
+            if isinstance(called, ast.Name)
+            else isinstance(called, ast.Attribute) and called.attr in PAUSING_METHODS
+        )
+        return ast.copy_location(ast.YieldFrom(node), node) if pauses else node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        self.generic_visit(node)
+        node.body.insert(1, ast.parse("yield from ()").body[0])  # behind the docstring
+        return node
+
+
+@cache
+def _compiled(source: str) -> Any:
     tree = ast.parse(source)
     tree.body = [
         node
         for node in tree.body
         if not (isinstance(node, ast.ImportFrom) and node.module != "__future__")
     ]
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    tree = ast.fix_missing_locations(_Pausing(defined).visit(tree))
+    return compile(tree, "<emulated kernel>", "exec")
+
+
+def functions(source: str, names: dict[str, Any]) -> dict[str, Any]:
+    """The functions of a kernel's source, with these meanings of what it imports."""
     found = dict(names)
-    exec(compile(tree, "<emulated kernel>", "exec"), found)
+    exec(_compiled(source), found)
     return found
 
 
@@ -494,13 +514,15 @@ def run(
 ) -> list[list[str]]:
     """All programs of a launch, one after another: they share nothing. Writes into args.
 
-    Returns for each program which role issued its products, in their order.
+    Returns for each program which role issued its products of two memories, in their order.
     """
     issued = []
     for program in range(grid):
         emulator = Emulator(program, grid, seed + program)
         function = functions(source, emulator.names())[kernel]
-        function(*(_argument(x) for x in args), **constants)
+        with np.errstate(all="ignore"):
+            for _ in function(*(_argument(x) for x in args), **constants):
+                pass
         issued.append(emulator.schedule.issued)
     return issued
 
