@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,9 +40,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fpsc.kernels.gluon import forward, launch
 
-SOURCE = inspect.getsource(forward)
+WHOLE = inspect.getsource(forward)
+ROWS, DP = 16, 32
+SOURCE = WHOLE.replace("BLOCK = gl.constexpr(128)", f"BLOCK = gl.constexpr({ROWS})").replace(
+    "ROWS = gl.constexpr(64)", f"ROWS = gl.constexpr({ROWS // 2})"
+)
+"""With small tiles: who waits for whom is the same, and takes a tenth of the time."""
+
 E4M3 = torch.float8_e4m3fn
-ROWS, DP = 128, 64
 
 
 # ---- one launch, on tiles of random numbers
@@ -85,6 +90,16 @@ def problem(lists: list[list[list[int]]], seed: int = 0) -> Problem:
     )  # fmt: skip
 
 
+def descriptors(p: Problem) -> list[SimpleNamespace]:
+    """As `launch.descriptors`, of small tiles."""
+    blocks = (
+        (p.q.view(-1, DP), [ROWS // 2, DP]),
+        (p.k.view(-1, 2, 2, DP), [ROWS // 4, 1, 2, DP]),
+        (p.v.view(-1, p.v.shape[-1]), [DP, ROWS]),
+    )
+    return [SimpleNamespace(base=x, block_shape=block, layout=None) for x, block in blocks]
+
+
 def run(
     p: Problem,
     *,
@@ -113,7 +128,7 @@ def run(
     issued = emulator.run(
         source, "attend", programs,
         (
-            *launch.descriptors(prologue.Tiles(p.q, p.k, p.v)), p.q_scale,
+            *descriptors(p), p.q_scale,
             p.meta.view(torch.int64), p.v_scale, p.shift, out, lse,
             torch.tensor([B], dtype=torch.int32), work_tensor,
             torch.tensor(flat or [0], dtype=torch.int32), gather, p.valid, 0.05, 1, 1, N, T,
@@ -150,7 +165,8 @@ def expected(p: Problem) -> tuple[Tensor, Tensor]:
 def check(p: Problem, **options: Any) -> None:
     out, lse, issued = run(p, **options)
     expected_out, expected_lse = expected(p)
-    assert relative_rms(out, expected_out) <= KERNEL_FP8
+    # Of few keys: one weight that rounds the other way is seen, and a wrong tile is a hundredfold.
+    assert relative_rms(out, expected_out) <= 1e-2
     seen = expected_lse.isfinite()
     assert torch.equal(lse[~seen], expected_lse[~seen])
     assert relative_rms(lse[seen], expected_lse[seen]) <= TRITON_FP32
@@ -180,13 +196,13 @@ def test_every_list_is_empty(pairs):
 
 @st.composite
 def lists(draw: st.DrawFn) -> list[list[list[int]]]:
-    tiles = draw(st.integers(1, 4))
-    one = st.lists(st.integers(0, tiles - 1), max_size=7)
+    tiles = draw(st.integers(1, 3))
+    one = st.lists(st.integers(0, tiles - 1), max_size=6)
     return draw(st.lists(st.lists(one, min_size=tiles, max_size=tiles), min_size=1, max_size=2))
 
 
 @BOTH
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(lists(), st.integers(1, 9), st.integers(3, 5), st.integers(0, 2**30), st.randoms())
 def test_random_schedules(pairs, lists, programs, stages, seed, shuffled):
     """Also for items in any order."""
@@ -300,7 +316,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch, gluon_config: configs.Config) -> 
         return gluon_config if kernel in configs.GLUON else configs.INTERPRETED
 
     monkeypatch.setattr(tune, "choose", choose)
-    with emulator.emulated(monkeypatch, launch, forward.attend, SOURCE):
+    with emulator.emulated(monkeypatch, launch, forward.attend, WHOLE):
         yield
 
 
@@ -358,21 +374,21 @@ def test_what_the_launch_refuses(monkeypatch):
 
 def test_descriptors_are_what_a_device_takes():
     """Strides of 16 bytes, rows of the swizzle's width: `TensorDescriptor` looks at the rest."""
-    p = problem(LISTS)
-    q, k, v = launch.descriptors(prologue.Tiles(p.q, p.k, p.v))
-    for one in (q, k, v):
-        assert isinstance(one, TensorDescriptor)
-        assert all(stride % 16 == 0 for stride in one.strides[:-1])
-        assert one.layout.swizzle_byte_width == one.block_shape[-1] in (64, 128)
-    first, second = (k.base[:32, bit].reshape(-1, DP).float() for bit in range(2))
-    keys = p.k[0, 0, 0].float()
-    both = torch.stack([first.view(32, 2, DP), second.view(32, 2, DP)], 1)
-    assert torch.equal(both.reshape(ROWS, DP), keys), "together they are the tile"
+    for dp in configs.GLUON_HEAD_DIMS:
+        tiles = prologue.Tiles(*(torch.randn(1, 2, 3, 128, dp).to(E4M3) for _ in range(3)))
+        tiles = tiles._replace(v=tiles.v.reshape(1, 2, dp, 3 * 128))
+        q, k, v = launch.descriptors(tiles)
+        for one in (q, k, v):
+            assert isinstance(one, TensorDescriptor)
+            assert all(stride % 16 == 0 for stride in one.strides[:-1])
+            assert one.layout.swizzle_byte_width == one.block_shape[-1] in (64, 128)
+        halves = [k.base[:32, bit].reshape(32, 2, dp).float() for bit in range(2)]
+        whole = torch.stack(halves, 1).reshape(128, dp)
+        assert torch.equal(whole, tiles.k[0, 0, 0].float()), "two copies are a tile"
 
 
 def test_random_is_seeded():
     """A schedule that fails is found again by its number."""
-    random.seed(1)
     p = problem(LISTS)
     a, b = run(p, seed=7)[2], run(p, seed=7)[2]
     assert a == b
