@@ -30,7 +30,9 @@ def test_a_choice_has_an_implementation(device, dim, dtype):
 
 def test_names():
     assert set(IMPLEMENTATIONS) == set(KERNELS)
-    with pytest.raises(ValueError, match="expected one of auto, cpu, triton, reference, found 'x'"):
+    with pytest.raises(
+        ValueError, match="expected one of auto, cpu, triton, gluon, hopper, reference, found 'x'"
+    ):
         select("cpu", torch.float32, 64, fp8=True, kernel="x")
 
 
