@@ -17,27 +17,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fpsc.kernels import reference
-from fpsc.kernels.triton import configs, interpreter, prologue, tune
+from fpsc.kernels.triton import attention, configs, interpreter, prologue, tune
 from tests.kernels import emulator
 from tests.kernels.cases import (
     DENSE_FP8,
-    FP8,
     NEAR,
     NEAR_FP8,
     NEAR_FP8_BOX,
     WINDOW_FP8,
     WINDOW_FP8_HEAD,
     qkv,
-    resolved,
     tables,
 )
 from tests.kernels.emulator import Deadlock, Hazard
-from tests.thresholds import KERNEL_FP8, TRITON_BF16, TRITON_FP32, relative_rms
+from tests.thresholds import KERNEL_FP8, KERNEL_HALF, TRITON_BF16, TRITON_FP32, relative_rms
 
 pytest.importorskip("triton.experimental.gluon")
 
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fpsc.kernels.gluon import attention as gluon
 from fpsc.kernels.gluon import forward, launch
 
 WHOLE = inspect.getsource(forward)
@@ -300,20 +299,18 @@ def test_an_error_names_who_waits_and_for_what():
 # ---- the way from q, k and v
 
 
-@pytest.fixture(params=configs.HOPPER_GLUON[128], ids=lambda config: config.name)
-def gluon_config(request: pytest.FixtureRequest) -> configs.Config:
-    return request.param
+TILES, PAIRS = configs.HOPPER_GLUON[128]
 
 
 @pytest.fixture
-def on_hopper(monkeypatch: pytest.MonkeyPatch, gluon_config: configs.Config) -> Iterator[None]:
+def on_hopper(monkeypatch: pytest.MonkeyPatch, config: configs.Config) -> Iterator[None]:
     """Packing in Triton's interpreter, then the Gluon kernel under the emulator."""
     if not interpreter.ACTIVE:
         pytest.skip("kernels are compiled here: TRITON_INTERPRET=0")
     monkeypatch.setattr(prologue, "CHUNKS", 3)
 
     def choose(kernel: str, *_: Any) -> configs.Config:
-        return gluon_config if kernel in configs.GLUON else configs.INTERPRETED
+        return config if kernel in configs.GLUON else configs.INTERPRETED
 
     monkeypatch.setattr(tune, "choose", choose)
     with emulator.emulated(monkeypatch, launch, forward.attend, WHOLE):
@@ -321,55 +318,51 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch, gluon_config: configs.Config) -> 
 
 
 SMALL = ((3, 5, 7), (3, 5, 4))
-ALL_FP8 = [[DENSE_FP8, NEAR_FP8, WINDOW_FP8, NEAR_FP8]]
 
 
 @pytest.mark.usefixtures("on_hopper", "uninitialised_memory_is_nan")
 @pytest.mark.parametrize(
-    ("dim", "modes", "key_heads", "dtype", "masked"),
+    ("config", "dim", "modes", "key_heads", "dtype", "masked"),
     [
-        (128, [[NEAR_FP8, NEAR]], 1, torch.bfloat16, 0.0),
-        (64, ALL_FP8, 2, torch.float32, 0.3),
-        (72, [[NEAR_FP8_BOX, WINDOW_FP8_HEAD]], 2, torch.float32, 0.0),
-        (40, ALL_FP8, 4, torch.float32, 1.0),
+        (TILES, 128, [[NEAR_FP8, NEAR]], 1, torch.bfloat16, 0.0),
+        (TILES, 64, [[DENSE_FP8, WINDOW_FP8]], 2, torch.float32, 0.3),
+        (PAIRS, 72, [[NEAR_FP8_BOX, WINDOW_FP8_HEAD]], 2, torch.float32, 0.0),
+        (PAIRS, 40, [[DENSE_FP8]], 1, torch.float32, 1.0),
     ],
+    ids=["both kinds", "masked", "pairs", "nothing to see"],
 )
 def test_a_call_against_the_reference(dim, modes, key_heads, dtype, masked):
     """Grouped heads, masks, padded head dims, shared scales, and what backward is left."""
-    from fpsc.kernels.gluon import attention as gluon
-    from fpsc.kernels.triton import attention as triton
-
-    t = tables(*SMALL, modes, prefix=3, suffix=130)
+    t = tables(*SMALL, modes, prefix=3)
     q, k, v = qkv(t, dim=dim, key_heads=key_heads, dtype=dtype)
     mask = torch.rand(len(modes), t.tokens) >= masked if masked else None
-    kinds = 3 if NEAR in modes[0] else 2
-    out, lse, saved = gluon.forward(q, k, v, *t.forward, mask, 0.2, kinds)
-    expected_out, expected_lse, _ = reference.forward(q, k, v, *t.forward, mask, 0.2)
+    rest = (*t.forward, mask, 0.2, 3 if NEAR in modes[0] else 2)
+    out, lse, saved = gluon.forward(q, k, v, *rest)
+    expected_out, expected_lse, _ = reference.forward(q, k, v, *rest[:-1])
     assert out.transpose(1, 2).is_contiguous() and out.dtype == dtype
     seen = expected_lse.isfinite()
     assert torch.equal(lse[~seen], expected_lse[~seen])
-    assert not seen.any() or relative_rms(lse[seen], expected_lse[seen]) <= TRITON_FP32
+    if masked == 1.0:
+        assert not seen.any() and not out.any()
+        return
+    assert relative_rms(lse[seen], expected_lse[seen]) <= TRITON_FP32
     limit = KERNEL_FP8 if dtype == torch.float32 else TRITON_BF16
     assert relative_rms(out, expected_out) <= limit
 
-    same, same_lse, others = triton.forward(q, k, v, *t.forward, mask, 0.2, kinds)
-    fp8 = resolved(t)[..., 1] == FP8
-    assert relative_rms(out[fp8], same[fp8]) <= KERNEL_FP8
-    assert not seen.any() or relative_rms(lse[seen], same_lse[seen]) <= TRITON_FP32
+    same, same_lse, others = attention.forward(q, k, v, *rest)
+    assert relative_rms(out, same) <= KERNEL_HALF
+    assert relative_rms(lse[seen], same_lse[seen]) <= TRITON_FP32
     for one, other in zip(saved, others, strict=True):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 @pytest.mark.usefixtures("on_hopper")
-def test_what_the_launch_refuses(monkeypatch):
-    from fpsc.kernels.gluon import attention as gluon
-
-    t = tables(*SMALL, ALL_FP8)
-    q, k, v = qkv(t, dim=64)
-    with monkeypatch.context() as patch:
-        patch.setattr(tune, "PERMUTE_V", True)
-        with pytest.raises(ValueError, match="v: expected in order for the Gluon kernel"):
-            gluon.forward(q, k, v, *t.forward, None, 0.2, 2)
+@pytest.mark.parametrize("config", [TILES], ids=["tiles"])
+def test_a_permuted_v_is_refused(monkeypatch):
+    t = tables(*SMALL, [[NEAR_FP8]])
+    monkeypatch.setattr(tune, "PERMUTE_V", True)
+    with pytest.raises(ValueError, match="v: expected in order for the Gluon kernel"):
+        gluon.forward(*qkv(t, dim=64), *t.forward, None, 0.2, 2)
 
 
 def test_descriptors_are_what_a_device_takes():
