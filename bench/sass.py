@@ -58,8 +58,9 @@ PRODUCTS: dict[int, dict[str, set[str]]] = {
 }
 # Where nothing may spill, and ptxas may report no loss (of wgmma that runs in parallel, mostly):
 TUNED_CAPABILITY, TUNED_HEAD_DIMS = 90, (64, 128)
-# Instructions per warp and 128 keys of a forward's hot loop, at that capability and head_dim 128:
-HOT_LOOP_PORTABLE, HOT_LOOP_SPECIALISED = 540, 520
+# Instructions per warp and 128 keys of a forward's hot loop, at that capability and head_dim 128;
+# the last is for 256 keys at a time.
+HOT_LOOP_PORTABLE, HOT_LOOP_SPECIALISED, HOT_LOOP_GLUON, HOT_LOOP_PAIRS = 540, 520, 485, 430
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,10 @@ def _source(variant: Variant) -> Any:
                 attributes[(n,)] = [["tt.divisibility", int(divisor)]]
         else:  # also what a launch specialises on: None, and the integer 1
             types[parameter.name], constants[(n,)] = "constexpr", value
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(kernel, types, constants, attributes)
     return ASTSource(kernel, types, constants, attributes)
 
 
@@ -255,6 +260,10 @@ def broken(variant: Variant, report: Report) -> list[str]:
         problems += [f"expected no loss, found {loss}" for loss in report.losses]
     if variant.role == "forward" and variant.head_dim == 128 and on_tensor_cores:
         limit = HOT_LOOP_SPECIALISED if variant.specialised else HOT_LOOP_PORTABLE
+        if variant.kernel.is_gluon():
+            limit = HOT_LOOP_GLUON
+        if variant.keys == 2 * HOT_LOOP_KEYS:
+            limit = HOT_LOOP_PAIRS
         found = report.hot_loop.per_128_keys if report.hot_loop else None
         if found is None or found > limit:
             problems.append(f"expected at most {limit} instructions per 128 keys, found {found}")

@@ -57,6 +57,8 @@ from fpsc.kernels.select import select
 IMPLEMENTATIONS = {
     "cpu": "fpsc.kernels.cpu",
     "triton": "fpsc.kernels.triton.attention",
+    "gluon": "fpsc.kernels.gluon.attention",
+    "hopper": "fpsc.kernels.hopper",
     "reference": "fpsc.kernels.reference",
 }
 """By the name of a `Choice`: modules with `forward` and `backward`, imported when they are chosen.
@@ -68,6 +70,9 @@ IMPLEMENTATIONS = {
 
 saved is a `Saved`, or None where backward needs none of it.
 """
+
+SAVING = ("triton", "gluon", "hopper")
+"""Those that leave a `Saved` for fp8 cells, with which backward needs no q, k and v."""
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -183,7 +188,7 @@ def _attention_fake(
     B, H, N, D = q.shape
     out = q.new_empty(B, N, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, N, dtype=torch.float32)
-    saves = _chosen(q, kinds, implementation) == "triton" and kinds & FP8_CELLS
+    saves = _chosen(q, kinds, implementation) in SAVING and kinds & FP8_CELLS
     return out, lse, *(new_saved(q, k, *gather.shape) if saves else empty_saved(q.device))
 
 
@@ -276,7 +281,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     q, k, v, rows, cells, modes, *lists, key_mask, scale, site, kinds, kernel = inputs
     # The tables may be edited before backward runs; what they said of this call may not change.
     modes_BH3 = resolve_modes(q.shape[0], rows, cells, modes, site)
-    if not kinds & INPUT_CELLS and _chosen(q, kinds, kernel) == "triton":
+    if not kinds & INPUT_CELLS and _chosen(q, kinds, kernel) in SAVING:
         q = k = v = None  # backward uses the FP8 tensors alone
     ctx.save_for_backward(q, k, v, *output, modes_BH3, *lists, key_mask)
     ctx.others = scale, kinds, kernel

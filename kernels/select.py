@@ -10,12 +10,16 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = range(16, 257)
-KERNELS = ("cpu", "triton", "reference")
+KERNELS = ("cpu", "triton", "gluon", "hopper", "reference")
 """Names of the implementations; "auto" stands for the best one that serves a call."""
 
 TRITON_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 OLDEST_TRITON = (3, 6)
+GLUON_CAPABILITY = (9, 0)
+GLUON_TRITON = ((3, 6), (3, 8))
+"""Oldest and newest whose Gluon the kernel is written for: it is experimental, and changes."""
+GLUON_HEAD_DIMS = range(33, 129)  # those that pad to 64 and 128
 
 Version = tuple[int, int]
 
@@ -58,14 +62,24 @@ def select(
     if kernel == "reference":
         return Choice("reference", "the specification, which is slow; named explicitly")
     rounding = "; fp8 cells emulate e4m3 rounding, which costs time here" if fp8 else ""
-    if device.type == "cpu" and kernel != "triton":
+    if device.type == "cpu" and kernel in ("auto", "cpu"):
         return Choice("cpu", f"the CPU kernel{rounding}")
     lacking = None if kernel == "cpu" else _triton_lacks(device, dtype, fp8, capability)
+    if kernel in ("gluon", "hopper"):
+        lacking = _gluon_lacks(device, head_dim, capability) or lacking
+    if kernel not in ("auto", "cpu") and lacking is not None:
+        return Choice(None, f'kernel "{kernel}" was named, but {lacking}')
+    if kernel == "gluon":
+        return Choice(
+            "gluon", f"the Gluon kernel for fp8 cells, Triton's for the rest, on {device}"
+        )
     if kernel != "cpu" and lacking is None:
+        both = fp8 and kernel == "auto" and _gluon_lacks(device, head_dim, capability) is None
+        if kernel == "hopper" or both:
+            why = "fp8 cells by Gluon's where the first call measures it to be faster"
+            return Choice("hopper", f"the Triton kernels, on {device}; {why}")
         where = "Triton's interpreter" if device.type == "cpu" else str(device)
         return Choice("triton", f"the Triton kernels, on {where}")
-    if kernel == "triton":
-        return Choice(None, f'kernel "triton" was named, but {lacking}')
     why = "named explicitly" if lacking is None else lacking
     return Choice(
         "cpu",
@@ -125,6 +139,28 @@ def _triton_lacks(
     supported, reason = fp8_support(device, found)
     if fp8 and not supported:
         return f"{reason}: compute fp8 cells in the input's dtype there (kinds=1)"
+    return None
+
+
+def _gluon_lacks(device: torch.device, head_dim: int, capability: Version | None) -> str | None:
+    """What the Gluon kernel asks for beside what Triton's do, and is not there."""
+    if device.type != "cuda":
+        return f"the Gluon kernel runs on a GPU alone, not on {device.type}"
+    found, wanted = capability or _capability(device), _dotted(GLUON_CAPABILITY)
+    if found is None:
+        return f"the compute capability of {device} is not known"
+    if found != GLUON_CAPABILITY:
+        has = f"{device} has compute capability {_dotted(found)}"
+        return f"{has}, and the Gluon kernel is for {wanted}"
+    if head_dim not in GLUON_HEAD_DIMS:
+        first, last = GLUON_HEAD_DIMS.start, GLUON_HEAD_DIMS.stop - 1
+        return f"the Gluon kernel takes a head_dim within {first}..{last}, not {head_dim}"
+    version, (oldest, newest) = _triton_version(), GLUON_TRITON
+    if version is None:
+        return "triton is not installed"
+    if not oldest <= version <= newest:
+        known = f"{_dotted(oldest)} to {_dotted(newest)}"
+        return f"the Gluon kernel is written for Triton {known}, and this is {_dotted(version)}"
     return None
 
 

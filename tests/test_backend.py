@@ -203,7 +203,10 @@ def test_strict_raises_where_attention_stays_dense():
         ({"strict": "perhaps"}, "option 'strict'"),
         ({"timestep": {"convention": "wan"}}, "expected one of flow"),
         ({"policy": "wann"}, "wann"),
-        ({"kernel": "tritn"}, "option 'kernel'.*expected one of auto, cpu, triton, reference"),
+        (
+            {"kernel": "tritn"},
+            "option 'kernel'.*expected one of auto, cpu, triton, gluon, hopper, reference",
+        ),
         ({"kernel": "triton", "policy": "dense"}, "option 'kernel': .* set TRITON_INTERPRET=1"),
     ],
 )

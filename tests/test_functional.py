@@ -66,7 +66,9 @@ def test_an_explicit_kernel_never_falls_back(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="set TRITON_INTERPRET=1"):
         attend(*qkv(), kernel="triton")
-    with pytest.raises(ValueError, match="expected one of auto, cpu, triton, reference"):
+    with pytest.raises(
+        ValueError, match="expected one of auto, cpu, triton, gluon, hopper, reference"
+    ):
         attend(*qkv(), kernel="fast")
 
 

@@ -52,11 +52,14 @@ class Contender:
 # ---- ours
 
 
-def fpsc_(op: Op, kernel: str) -> Contender:
+def fpsc_(op: Op, kernel: str, *, named: bool = False) -> Contender:
+    """named: the name says which implementation it is."""
+
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return op(q, k, v, kernel=kernel)[0]
 
     suffix = "" if op.dtype == "fp8" else f", {op.dtype} cells"
+    suffix += f", {kernel}" if named else ""
     return Contender(f"fpsc keep {op.keep:g}{suffix}", run, op, dtype=op.dtype)
 
 

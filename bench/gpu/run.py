@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bench.gpu import device
+from fpsc.kernels.select import select
 
 OK, WRONG, ERROR, CUT = "ok", "wrong", "error", "cut"
 DONE = (OK, WRONG)
@@ -42,8 +43,22 @@ class Setup:
 
     @property
     def kernel(self) -> str:
-        """The implementation by name, which never falls back; only a smoke test takes any."""
-        return "triton" if self.cuda else "auto"
+        """The implementation by name, which never falls back; only a smoke test takes any.
+
+        It is the one that "auto" stands for where it can be, and else Triton's.
+        """
+        if not self.cuda:
+            return "auto"
+        return "hopper" if self.gluon else "triton"
+
+    @property
+    def gluon(self) -> bool:
+        """Whether the Gluon kernel serves this device; at other head dims it may still not."""
+        return self.serves("gluon", torch.bfloat16, 128)
+
+    def serves(self, kernel: str, dtype: torch.dtype, head_dim: int) -> bool:
+        """Whether an implementation computes fp8 cells here."""
+        return select(self.device, dtype, head_dim, fp8=True, kernel=kernel).name == kernel
 
 
 class Document:

@@ -89,6 +89,10 @@ def measure(
     ours = [fpsc_(Op(shape, keep, "fp8", setup.device), setup.kernel) for keep in keeps]
     if input_dtype:
         ours.append(fpsc_(Op(shape, 0.25, "bf16", setup.device), setup.kernel))
+        if setup.gluon:  # which of the two the first call chose, and by how much
+            for keep in (1.0, 0.125):
+                op = Op(shape, keep, "fp8", setup.device)
+                ours += [fpsc_(op, name, named=True) for name in ("triton", "gluon")]
     makers: dict[str, Callable[[], Contender]] = {
         name: partial(sdpa, name) for name in dense if name in SDPA
     }

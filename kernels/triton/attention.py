@@ -11,6 +11,8 @@ has a key, unless a mask took them; values of the tables are not checked here.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -49,10 +51,12 @@ def forward(
     scale: float,
     kinds: int,
     before: Before = NOTHING_BEFORE,
+    fp8_kernel: str = "fp8",
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """As `reference.forward`; the memory of out is [B, N, H, D]-contiguous.
 
     before: RMSNorm and rotary embedding of q and k, done while they are packed.
+    fp8_kernel: which candidates there are for FP8 cells, "fp8" or one of `configs.GLUON`.
 
     Returns out, lse and, where `kinds` has FP8 cells, what backward needs of them.
     """
@@ -68,13 +72,13 @@ def forward(
     saved = None
     if kinds & INPUT_CELLS:
         tiles = copy_tiles(call, keys, meta)
-        _attend(call, tiles, None, meta, heads[0], list_ptr, seen, rest, out, lse)
+        _attend("input", call, tiles, None, meta, heads[0], list_ptr, seen, rest, out, lse)
     if kinds & FP8_CELLS:
         saved = new_saved(call.q, call.k, *gather.shape)
         saved.shift.zero_()
         permuted = tune.permutes_v(q_BHND.device)
         tiles = quantise(call, keys, groups, meta, saved, permuted=permuted)
-        _attend(call, tiles, saved, meta, heads[1], list_ptr, seen, rest, out, lse)
+        _attend(fp8_kernel, call, tiles, saved, meta, heads[1], list_ptr, seen, rest, out, lse)
         saved.k_scale.copy_(meta[..., 0])
     return out, lse, saved
 
@@ -207,6 +211,7 @@ def _heads_by_kind(modes_BH3: Tensor, list_ptr: Tensor) -> Tensor:
 
 
 def _attend(
+    kernel: str,
     call: Call,
     tiles: Tiles,
     saved: Saved | None,
@@ -224,6 +229,11 @@ def _attend(
     device, dtype = call.q.device, call.q.dtype
 
     def run(config: Config) -> None:
+        if config.gluon:
+            assert saved is not None
+            gluon = import_module("fpsc.kernels.gluon.launch")  # not every Triton has Gluon
+            gluon.attend(call, tiles, saved, meta, heads, list_ptr, seen, rest, out, lse, config)
+            return
         items = B * H * TILES * (BLOCK // config.BM)
         if config.persistent:
             items = min(items, tune.multiprocessors(device))
@@ -237,7 +247,7 @@ def _attend(
             **config.arguments(), **config.schedule(),
         )  # fmt: skip
 
-    run(tune.choose("fp8" if fp8 else "input", device, dtype, DP, run))
+    run(tune.choose(kernel, device, dtype, DP, run))
 
 
 def _widen(saved: Saved, modes_BH3: Tensor, into: Tiles) -> None:

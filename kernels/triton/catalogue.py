@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fpsc.kernels.gluon import forward as gluon
 from fpsc.kernels.triton import backward, forward, pack, schedule
 from fpsc.kernels.triton.configs import (
     BACKWARD,
@@ -38,6 +39,7 @@ def variants() -> Iterator[Variant]:
     for capability in CAPABILITIES:
         for dp in HEAD_DIMS:
             yield from _products(capability, "bf16", dp)
+            yield from _gluon(capability, "bf16", dp)
         yield from _products(capability, "fp16", 128, first_only=True)
         yield from _prologue(capability)
 
@@ -97,6 +99,34 @@ def _product(
     )
 
 
+def _gluon(capability: int, element: str, dp: int) -> Iterator[Variant]:
+    """The Gluon kernel, where it serves."""
+    for config in candidates("fp8_gluon", divmod(capability, 10), dp):
+        half = BLOCK // 2
+        signature = _signature(
+            gluon.attend, element, D=dp, DP=dp, STAGES=config.stages, PAIRS=config.BN > BLOCK,
+            q_desc=_descriptor([half, dp]), k_desc=_descriptor([half // 2, 1, 2, dp]),
+            v_desc=_descriptor([dp, BLOCK]),
+        )  # fmt: skip
+        yield Variant(
+            name=f"fp8-{element}-{dp}-{config.name}",
+            kernel=gluon.attend,
+            signature=signature,
+            options=config.launch(),
+            role="forward",
+            head_dim=dp,
+            product="fp8",
+            keys=config.BN,
+            specialised=True,
+            capabilities=(capability,),
+        )
+
+
+def _descriptor(block: list[int]) -> str:
+    """The type of a tensor descriptor of e4m3, made on the host."""
+    return f"tensordesc<fp8e4nv{block},{gluon.shared_layout(block)!r}>"
+
+
 def _prologue(capability: int, element: str = "bf16", dp: int = 128) -> Iterator[Variant]:
     """The kernels around the products: one each for Q, K and V, plain and with all that is in
     front of them."""
@@ -136,6 +166,8 @@ def _prologue(capability: int, element: str = "bf16", dp: int = 128) -> Iterator
     yield Variant(name="compact-lists", kernel=pack.compact_lists, signature=signature, **options)
     signature = _signature(schedule.order_heads, element, WIDTH=64)
     yield Variant(name="order-heads", kernel=schedule.order_heads, signature=signature, **options)
+    signature = _signature(schedule.list_work, element, visits_ptr=None, WIDTH=128)
+    yield Variant(name="list-work", kernel=schedule.list_work, signature=signature, **plain)
     around = {**plain, "role": "backward"}
     signature = _signature(backward.gradient_tiles, element, **sizes)
     yield Variant(

@@ -20,10 +20,12 @@ class Config:
     """How a kernel is compiled.
 
     Attributes:
-        BM, BN: rows of a block of queries and of keys, at most a tile.
+        BM, BN: rows of a block of queries and of keys; at most a tile, or BN two of them.
         warps, stages: of a program, and buffers in flight in its loop.
         specialise: one warp group loads for two that compute (Hopper; 4 warps each).
         persistent: one program a multiprocessor takes item after item.
+        gluon: by `fpsc.kernels.gluon`, specialised and persistent by itself; warps are those of
+            each of its two consumers.
     """
 
     BM: int
@@ -32,11 +34,13 @@ class Config:
     stages: int
     specialise: bool = False
     persistent: bool = False
+    gluon: bool = False
 
     @property
     def name(self) -> str:
         name = f"{self.BM}x{self.BN}-w{self.warps}-s{self.stages}"
-        return name + "-specialised" * self.specialise + "-persistent" * self.persistent
+        name += "-specialised" * self.specialise + "-persistent" * self.persistent
+        return name + "-gluon" * self.gluon
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of a launch of any kernel with products."""
@@ -48,12 +52,18 @@ class Config:
             "num_stages": self.stages,
         }
 
+    def launch(self) -> dict[str, int]:
+        """Options of a launch of the Gluon kernel."""
+        return {"num_warps": self.warps, "maxnreg": GLUON_REGISTERS}
+
     def schedule(self) -> dict[str, bool]:
         """Further ones, of the forward kernel."""
         return {"SPECIALISE": self.specialise, "PERSISTENT": self.persistent}
 
 
 FORWARD = ("fp8", "input")
+GLUON = ("fp8_gluon", "fp8_hopper")
+"""FP8 cells by the Gluon kernel alone, or by it where it is faster than any other candidate."""
 BACKWARD = ("query_gradients", "key_gradients")
 
 INTERPRETED = Config(128, 128, 4, 1)
@@ -79,12 +89,18 @@ def candidates(
     *,
     permuted: bool | None = None,
 ) -> tuple[Config, ...]:
-    """Configurations of a kernel: "fp8" or "input", which is forward for one kind of cell, or
-    "query_gradients" or "key_gradients".
+    """Configurations of a kernel: "fp8" or "input", which is forward for one kind of cell, one of
+    `GLUON`, "query_gradients" or "key_gradients".
 
     dp: padded head_dim; permuted: V is stored so, None for what `permutes_v` says. They serve
     bfloat16 and float16 alike.
     """
+    if kernel in GLUON:
+        fits = capability == (9, 0) and not permuted
+        gluon = HOPPER_GLUON.get(dp, ()) if fits else ()
+        if kernel == "fp8_gluon":
+            return gluon
+        return candidates("fp8", capability, dp, permuted=permuted) + gluon
     found = _candidates(kernel, capability, dp)
     if kernel == "fp8" and any(c.specialise for c in found):
         permuted = permutes_v(capability) if permuted is None else permuted
@@ -97,6 +113,16 @@ HOPPER_FORWARD = (
     Config(128, 128, 4, 2, specialise=True),
     Config(128, 128, 8, 2),
 )
+
+# Four stages, because a consumer holds two of them and asks for a third. Two tiles at a time spill
+# at head_dim 64, where more stands beside the scores.
+HOPPER_GLUON = {
+    64: (Config(128, 128, 4, 4, gluon=True),),
+    128: (Config(128, 128, 4, 4, gluon=True), Config(128, 256, 4, 4, gluon=True)),
+}
+GLUON_HEAD_DIMS = tuple(HOPPER_GLUON)  # padded
+GLUON_REGISTERS = 168
+"""Of a thread at the launch: of 12 warps, before consumers take those that the producer gives."""
 
 
 def _candidates(kernel: str, capability: tuple[int, int], dp: int) -> tuple[Config, ...]:

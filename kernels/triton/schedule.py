@@ -1,4 +1,4 @@
-"""Which heads have which kind of cell, the costliest first. Made and read on the device.
+"""Which work there is, the costliest first. Made and read on the device.
 
 A GPU takes work up in the order in which it is numbered. Heads with long lists go first, so that
 the last ones to finish are short; in a head, tiles go in the order of its pattern, for the same
@@ -40,3 +40,34 @@ def order_heads(modes_ptr, list_ptr, heads_ptr, HEADS, TILES, WIDTH: tl.constexp
     tl.store(heads_ptr + 1 + in_front, head)
     if in_front == 0:  # one of each kind is the first, and says how many there are
         tl.store(heads_ptr, HEADS - others)
+
+
+@triton.jit
+def list_work(
+    heads_ptr, modes_ptr, list_ptr, visits_ptr, order_ptr, work_ptr, H, TILES, PATTERNS, ENTRIES,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """work int32 [items, 4]: all items of one kind of cell, in the order of `forward.attend`.
+
+    An item is a query tile of a head: the head (of all batch elements), the tile, and where in the
+    lists its own begins and how long it is. heads: of `order_heads`, its part for this kind; lists:
+    see `forward.list_of`. WIDTH items a program; what is beyond the last item is not written.
+    """
+    item = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    real = item < tl.load(heads_ptr) * TILES
+    item = tl.where(real, item, 0)
+    head = tl.load(heads_ptr + 1 + item // TILES)
+    pattern = tl.load(modes_ptr + head * 3)
+    tile = tl.load(order_ptr + pattern * TILES + item % TILES)
+    list_ptr += pattern * (TILES + 1) + tile
+    first = tl.load(list_ptr)
+    if visits_ptr is None:
+        visits = tl.load(list_ptr + 1) - first
+    else:
+        visits = tl.load(visits_ptr + ((head // H) * PATTERNS + pattern) * TILES + tile)
+        first += (head // H) * ENTRIES
+    work_ptr += item * 4
+    tl.store(work_ptr, head, mask=real)
+    tl.store(work_ptr + 1, tile, mask=real)
+    tl.store(work_ptr + 2, first, mask=real)
+    tl.store(work_ptr + 3, visits, mask=real)

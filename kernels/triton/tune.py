@@ -129,8 +129,10 @@ def _fastest(key: str, found: Sequence[Config], run: Callable[[Config], None]) -
 def _identity(device: torch.device) -> str:
     """What an answer depends on beside the kernel and its types."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    here = Path(__file__).parent
+    for folder in (here, here.parent / "gluon"):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
     name = torch.cuda.get_device_name(device)
     return f"{name} | triton {triton.__version__} | {digest.hexdigest()[:16]}"
 

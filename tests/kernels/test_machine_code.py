@@ -11,6 +11,7 @@ import pytest
 import triton
 
 from bench import sass
+from bench.machine_code import EXP2, TENSOR, Code
 from fpsc.kernels.triton.variants import CAPABILITIES
 from tests.bench import command
 
@@ -20,12 +21,18 @@ Reports = dict[tuple[str, int], sass.Report]
 
 
 @pytest.fixture(scope="session")
-def reports(tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> Reports:
-    """Everything, compiled once."""
-    path = tmp_path_factory.mktemp("machine-code") / "table.json"
-    done = command.sass(checkout, "--json", path)
+def compiled(tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> Path:
+    """Everything, compiled once: a table, and the listings beside it."""
+    folder = tmp_path_factory.mktemp("machine-code")
+    done = command.sass(checkout, "--json", folder / "table.json", "--dump", folder)
     assert done.returncode == 0, done.stderr
-    return {(r.name, r.capability): r for r in sass.reports_of(sass.read(path))}
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reports(compiled: Path) -> Reports:
+    found = sass.reports_of(sass.read(compiled / "table.json"))
+    return {(r.name, r.capability): r for r in found}
 
 
 @pytest.mark.parametrize(("name", "capability"), VARIANTS)
@@ -42,6 +49,26 @@ def test_limits_have_kernels_that_they_hold_for() -> None:
         assert {v.role for v in hopper if v.head_dim == head_dim} >= {"forward", "backward"}
     forward = [v for v in hopper if (v.role, v.head_dim, v.product) == ("forward", 128, "fp8")]
     assert {v.specialised for v in forward} == {False, True}
+
+
+GLUON = [name for (name, _), variant in VARIANTS.items() if variant.kernel.is_gluon()]
+
+
+def test_gluon_is_compiled_for_hopper_alone() -> None:
+    assert {sm for (name, sm) in VARIANTS if name in GLUON} == {sass.TUNED_CAPABILITY}
+    assert {VARIANTS[name, 90].head_dim for name in GLUON} == set(sass.TUNED_HEAD_DIMS)
+
+
+@pytest.mark.parametrize("name", [n for n in GLUON if VARIANTS[n, 90].keys == 128])
+def test_exponentials_run_beside_a_product(compiled: Path, name: str) -> None:
+    """In a trip, between the start of the products and the last wait for one: all of a key tile."""
+    hot = Code((compiled / f"{name}.sm_90.sass").read_text()).hot_loop()
+    assert hot is not None
+    start = max(n for n, i in enumerate(hot) if i.kind in TENSOR)
+    waits = [n for n, i in enumerate(hot) if i.opcode.startswith("WARPGROUP.DEPBAR")]
+    assert len(waits) == 2 and start < waits[0] < waits[1]
+    beside = sum(i.short == EXP2 for i in hot[waits[0] : waits[1]])
+    assert beside >= 64, "of 64 for the keys, and 2 for the old sums"
 
 
 def test_committed_table_has_all_rows_and_no_other() -> None:

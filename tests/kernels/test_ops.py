@@ -367,7 +367,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "kinds": (lambda a, t: a.update(kinds=4), "kinds: expected 1"),
     "no fp8": (lambda a, t: a.update(kinds=1), "kinds: 1 leaves out dtype 1, which cells have"),
     "kernel": (lambda a, t: a.update(kernel="tritn"),
-               "expected one of auto, cpu, triton, reference, found 'tritn'"),
+               "expected one of auto, cpu, triton, gluon, hopper, reference, found 'tritn'"),
     "no interpreter": (lambda a, t: a.update(kernel="triton"), "set TRITON_INTERPRET=1"),
     "rows": (lambda a, t: a.update(rows=int32(0, 2)), "rows: expected 0..1 (rows of cells)"),
     "batch of rows": (lambda a, t: a.update(rows=int32(0, 1, 0)), "one noise row a batch element"),

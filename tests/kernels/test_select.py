@@ -7,7 +7,9 @@ import torch
 
 from fpsc.kernels import select as select_
 from fpsc.kernels.ops import IMPLEMENTATIONS
+from fpsc.kernels.saved import padded_head_dim
 from fpsc.kernels.select import DTYPES, KERNELS, fp8_support, select
+from fpsc.kernels.triton import configs
 
 TURING, AMPERE, ADA, HOPPER, BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)
 
@@ -28,7 +30,9 @@ def test_a_choice_has_an_implementation(device, dim, dtype):
 
 def test_names():
     assert set(IMPLEMENTATIONS) == set(KERNELS)
-    with pytest.raises(ValueError, match="expected one of auto, cpu, triton, reference, found 'x'"):
+    with pytest.raises(
+        ValueError, match="expected one of auto, cpu, triton, gluon, hopper, reference, found 'x'"
+    ):
         select("cpu", torch.float32, 64, fp8=True, kernel="x")
 
 
@@ -61,7 +65,7 @@ def test_triton_on_cpu_is_the_interpreter(monkeypatch):
         (AMPERE, False, "triton", "the Triton kernels, on cuda"),
         (AMPERE, True, "cpu", "compute capability 8.0, and e4m3 needs 8.9"),
         (ADA, True, "triton", "the Triton kernels, on cuda"),
-        (HOPPER, True, "triton", "the Triton kernels, on cuda"),
+        (HOPPER, False, "triton", "the Triton kernels, on cuda"),
         (BLACKWELL, True, "triton", "the Triton kernels, on cuda"),
     ],
 )
@@ -71,6 +75,54 @@ def test_on_cuda(capability, fp8, name, reason):
     named = select("cuda", torch.bfloat16, 128, fp8=fp8, kernel="triton", capability=capability)
     assert named.name == ("triton" if name == "triton" else None)
     assert reason in named.reason, "an explicit choice never falls back"
+
+
+def test_hopper_has_two_kernels_for_fp8_cells():
+    found = select("cuda", torch.bfloat16, 128, fp8=True, capability=HOPPER)
+    assert found.name == "hopper"
+    assert "on cuda; fp8 cells by Gluon's where the first call measures it" in found.reason
+    for name in ("triton", "gluon", "hopper"):
+        for fp8 in (True, False):
+            named = select("cuda", torch.bfloat16, 128, fp8=fp8, kernel=name, capability=HOPPER)
+            assert named.name == name
+    assert "Gluon" not in select("cuda", torch.bfloat16, 32, fp8=True, capability=HOPPER).reason
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dim", "capability", "reason"),
+    [
+        ("cpu", torch.float32, 128, None, "runs on a GPU alone, not on cpu"),
+        (
+            "cuda",
+            torch.bfloat16,
+            128,
+            BLACKWELL,
+            "capability 10.0, and the Gluon kernel is for 9.0",
+        ),
+        ("cuda", torch.bfloat16, 128, AMPERE, "capability 8.0, and the Gluon kernel is for 9.0"),
+        ("cuda", torch.bfloat16, 32, HOPPER, "takes a head_dim within 33..128, not 32"),
+        ("cuda", torch.bfloat16, 129, HOPPER, "takes a head_dim within 33..128, not 129"),
+        ("cuda", torch.float32, 128, HOPPER, "cast q, k and v to bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gluon", "hopper"])
+def test_where_gluon_cannot_serve(name, device, dtype, dim, capability, reason):
+    named = select(device, dtype, dim, fp8=True, kernel=name, capability=capability)
+    assert named.name is None and reason in named.reason
+    assert f'kernel "{name}" was named, but' in named.reason
+
+
+def test_a_triton_whose_gluon_nobody_tried(monkeypatch):
+    monkeypatch.setattr(select_, "_triton_version", lambda: (3, 9))
+    named = select("cuda", torch.bfloat16, 128, fp8=True, kernel="gluon", capability=HOPPER)
+    assert named.name is None and "written for Triton 3.6 to 3.8, and this is 3.9" in named.reason
+    auto = select("cuda", torch.bfloat16, 128, fp8=True, capability=HOPPER)
+    assert auto.name == "triton"
+
+
+def test_gluon_head_dims_are_those_that_its_configurations_take():
+    served = {d for d in range(16, 257) if padded_head_dim(d) in configs.GLUON_HEAD_DIMS}
+    assert served == set(select_.GLUON_HEAD_DIMS)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,29 @@ def test_candidates(capability):
     assert configs.permutes_v(capability) == (capability != HOPPER)
 
 
+def test_gluon_is_one_more_candidate_on_hopper(gpu, monkeypatch):
+    """The last one: where nothing may be timed, the first runs, which is Triton's."""
+    for dp in (32, 64, 128, 256):
+        gluon = candidates("fp8_gluon", HOPPER, dp)
+        assert all(c.gluon for c in gluon) and bool(gluon) == (dp in configs.GLUON_HEAD_DIMS)
+        assert candidates("fp8_hopper", HOPPER, dp) == candidates("fp8", HOPPER, dp) + gluon
+        assert not any(c.gluon for c in candidates("fp8", HOPPER, dp))
+    for capability in (ADA, BLACKWELL, CONSUMER):
+        assert not any(c.gluon for c in candidates("fp8_hopper", capability, 128))
+    assert not any(c.gluon for c in candidates("fp8_hopper", HOPPER, 128, permuted=True))
+    (best, *_) = candidates("fp8_gluon", HOPPER, 128)
+    gpu.milliseconds = {best.name: 1.0}
+    monkeypatch.setenv("FPSC_AUTOTUNE", "0")
+    assert choose(gpu, "fp8_hopper") == FIRST and not FIRST.gluon
+    monkeypatch.delenv("FPSC_AUTOTUNE")
+    assert choose(gpu, "fp8_hopper") == best
+    assert not choose(gpu, "fp8").gluon, "by name it is Triton's"
+    gpu.broken = {best.name}
+    forget()
+    tune.cache_file().unlink()
+    assert not choose(gpu, "fp8_hopper").gluon
+
+
 def test_names_tell_configurations_apart():
     every = {c for dp in (32, 128, 256) for k in KERNELS for c in candidates(k, HOPPER, dp)}
     assert len({c.name for c in every}) == len(every)
