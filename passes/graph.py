@@ -27,6 +27,8 @@ _VIEWS = frozenset(
         "select",
         "view",
         "reshape",
+        "split_with_sizes",
+        "tensor_split",
         "transpose",
         "permute",
         "unsqueeze",
@@ -208,6 +210,18 @@ def is_cat(node: object) -> bool:
 def argument(node: fx.Node, index: int, name: str, default: object = None) -> object:
     """An argument of a call, whether it was passed by position or by keyword."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """What a value may share its memory with: where the memory was made."""
+    while (
+        node.op in ("call_function", "call_method")
+        and op_name(node) in _SHARES
+        and node.args
+        and isinstance(node.args[0], fx.Node)
+    ):
+        node = node.args[0]
+    return node
 
 
 def writers_of(node: fx.Node) -> list[fx.Node]:

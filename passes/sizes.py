@@ -66,6 +66,10 @@ class Sizes:
         """Whether two sizes are equal for every input."""
         return same(self.of(a), self.of(b))
 
+    def value_of(self, node: fx.Node) -> fx.Node:
+        """The first node that is known to have the value of this one."""
+        return self._number(node)
+
     def readable(self, body: Body, before: fx.Node) -> dict[sympy.Symbol, tuple[fx.Node, int]]:
         """What tells each symbol inside one body, ahead of a node: a tensor, and its axis.
 
