@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch import fx
 
@@ -47,13 +48,16 @@ from fpsc.passes.sizes import Sizes
 
 _VIEWS = frozenset(
     ["getitem", "view", "unflatten", "transpose", "permute", "unbind", "chunk", "split",
-     "split_with_sizes", "tensor_split", "unsqueeze", "squeeze", "expand", "swapaxes", "swapdims",
+     "split_with_sizes", "tensor_split", "unsqueeze", "squeeze", "swapaxes", "swapdims",
      "view_as_real", "view_as_complex", "detach"]
 )  # fmt: skip
 """Calls whose result is in the memory of their first argument."""
 
 _MAY_SHARE = CASTS | frozenset(["reshape", "flatten"])
 """Calls whose result may be."""
+
+_REPEATS = frozenset(["expand", "repeat", "repeat_interleave", "broadcast_to"])
+"""Calls that change nothing where sizes stay the same."""
 
 _EMPTY = frozenset(["empty_like", "empty", "new_empty", "zeros_like", "zeros", "new_zeros"])
 
@@ -246,7 +250,7 @@ class Fronts:
             query, key = (_Side.of(reader, node) for node in (call.query, call.key))
             return _front(reader, call, query, key)
         except Unread as error:
-            return str(error)
+            return str(error) + "".join(f" ({note})" for note in reader.notes[:1])
 
 
 # ---- reading
@@ -269,6 +273,14 @@ class _Reader:
         self.site = site
         self.notes: list[str] = []
         self._known: dict[tuple[fx.Node, int], Form | None] = {}
+
+    def size(self, size: Dim) -> Dim:
+        """The same size, one expression for all that are equal."""
+        size = self.sizes.of(size)
+        if isinstance(size, int):
+            return size
+        size = sympy.expand(size)
+        return int(size) if size.is_Integer else size
 
     def at(self, node: fx.Node) -> int:
         return self.program.order[node]
@@ -297,7 +309,7 @@ class _Reader:
         sizes = shape(node)
         if sizes is None:
             raise Unread(f"{op_name(node)} yields no tensor")
-        dims = tuple(_digits(Factor(axis, 1, size)) for axis, size in enumerate(sizes))
+        dims = tuple(_digits(Factor(a, 1, self.size(size))) for a, size in enumerate(sizes))
         return Form(dims, (Piece(node, 0, 0, UNTOUCHED),))
 
     def _made(self, node: fx.Node, reader: fx.Node) -> Form | None:
@@ -305,6 +317,8 @@ class _Reader:
         if name in _EMPTY:
             return None
         if node not in self.carrying or node.op not in ("call_function", "call_method"):
+            return self.leaf(node)
+        if is_linear(node) or is_convolution(node):
             return self.leaf(node)
         if name not in _VIEWS and read_norm(self, node) is not None:
             return self.leaf(node)
@@ -321,6 +335,11 @@ class _Reader:
         if name in _MAY_SHARE and isinstance(source, fx.Node):
             self._untouched_between(source, node, reader)
             return self._viewed(node, name, source, node)
+        if name in _REPEATS and isinstance(source, fx.Node):
+            if not _same_sizes(shape(source), shape(node) or []):
+                raise Unread(f"{name} of queries or keys")
+            self._untouched_between(source, node, reader)
+            return self.form(source, node)
         plain = plain_name(node)
         if plain == "neg" and isinstance(source, fx.Node):
             return self.form(source, node).each(_negated)
@@ -358,8 +377,6 @@ class _Reader:
             return self._indexed(form, shape(source) or [], node.args[1])
         if name in ("unsqueeze", "squeeze"):
             return replace(form, dims=_reshaped(form.dims, shape(source) or [], sizes))
-        if name == "expand" and _same_sizes(shape(source), sizes):
-            return form
         if name == "view_as_complex":
             *dims, last = form.dims
             if len(last) != 1 or not same(last[0].size, 2):
@@ -444,7 +461,7 @@ class _Reader:
         if form.complex:
             raise Unread("a part of complex numbers")
         dims = (*form.dims[:axis], left, *form.dims[axis + 1 :])
-        return replace(form, dims=dims, pair=digit).each(lambda m: Map(row=_row(m, which)))
+        return replace(form, dims=dims, pair=digit).each(lambda m: Map(row=_row(m, which, digit)))
 
     def _sliced(self, form: Form, axis: int, item: slice, size: Dim) -> Form:
         start, stop = _bound(item.start, 0, size), _bound(item.stop, size, size)
@@ -463,6 +480,7 @@ class _Reader:
 
     def _cut(self, form: Form, axis: int, start: Dim, length: Dim, size: Dim) -> Form:
         """Elements start .. start + length of an axis: half the channels, or some tokens."""
+        start, length, size = (self.size(n) for n in (start, length, size))
         digits = form.dims[axis]
         halves = isinstance(size, int) and isinstance(length, int) and 2 * length == size
         if halves and start in (0, length) and self._is_channels(form, digits):
@@ -472,12 +490,12 @@ class _Reader:
         pieces: list[Piece] = []
         position: Dim = 0
         for piece in form.pieces:
-            end = position + piece.length
+            end = self.size(position + piece.length)
             if self._within(position, end, start, start + length):
                 pieces.append(piece)
             elif self._within(start, start + length, position, end):
                 skipped = start - position
-                pieces.append(_cut_piece(piece, skipped, length))
+                pieces.append(_cut_piece(piece, self.size(skipped), length))
             elif not (self._known_le(end, start) or self._known_le(start + length, position)):
                 raise Unread("tokens are cut where neither a text nor a video ends")
             position = end
@@ -497,13 +515,10 @@ class _Reader:
 
     def _known_le(self, a: Dim, b: Dim) -> bool:
         """Whether a <= b is known: sizes are not negative."""
-        difference = self.sizes.of(b) - self.sizes.of(a)
+        difference = self.size(self.size(b) - self.size(a))
         if isinstance(difference, int):
             return difference >= 0
-        import sympy
-
-        terms = sympy.expand(difference).as_coefficients_dict()
-        return all(c >= 0 for c in terms.values()) or same(difference, 0)
+        return all(c >= 0 for c in difference.as_coefficients_dict().values())
 
     def _along_tokens(self, form: Form, axis: int) -> Form:
         """With the axis known for that of tokens."""
@@ -511,11 +526,13 @@ class _Reader:
         if len(digits) != 1 or not same(digits[0].stride, 1):
             raise Unread("a part of queries or keys")
         (token,) = digits
+        if token.axis == _channels(form):
+            raise Unread("a part of the channels")
         if form.tokens not in (None, token.axis):
             raise Unread("two axes of tokens")
         if form.tokens is None:
             (piece,) = form.pieces
-            full = (shape(piece.leaf) or [])[token.axis]
+            full = self.size((shape(piece.leaf) or [])[token.axis])
             if not self.sizes.same(full, token.size):
                 raise Unread("a part of queries or keys")
             form = replace(form, tokens=token.axis, pieces=(piece._replace(length=full),))
@@ -524,7 +541,7 @@ class _Reader:
     def _with_pieces(self, form: Form, axis: int, pieces: Iterable[Piece]) -> Form:
         made = tuple(pieces)
         assert form.tokens is not None
-        token = Factor(form.tokens, 1, _total(made))
+        token = Factor(form.tokens, 1, self.size(_total(made)))
         dims = (*form.dims[:axis], (token,), *form.dims[axis + 1 :])
         return replace(form, dims=dims, pieces=made)
 
@@ -545,7 +562,8 @@ class _Reader:
     def _added(self, a: Form, b: Form) -> Form:
         a, b = _alike(a, b)
         pieces = tuple(
-            p._replace(map=_sum_of(p.map, q.map)) for p, q in zip(a.pieces, b.pieces, strict=True)
+            p._replace(map=_sum_of(p.map, q.map, a.pair))
+            for p, q in zip(a.pieces, b.pieces, strict=True)
         )
         return replace(a, pieces=pieces)
 
@@ -578,9 +596,9 @@ class _Reader:
             raise Unread("mul of complex and real numbers")
         pieces, position = [], _zero()
         for piece in form.pieces:
-            made = _times(piece.map, Table(table, None, "", dims, position), form.complex)
+            made = _times(piece.map, Table(table, None, "", dims, position), form)
             pieces.append(piece._replace(map=made))
-            position = position + piece.length
+            position = self.size(position + piece.length)
         return replace(form, pieces=tuple(pieces))
 
     # ---- joining
@@ -703,7 +721,7 @@ class _Reader:
             raise Unread("channels of other tokens are written")
         pieces = []
         for old, of in zip(form.pieces, new.pieces, strict=True):
-            rows = list(_rows(old.map))
+            rows = list(_rows(old.map, new.pair))
             rows[which] = of.map.row
             pieces.append(old._replace(map=Map(rows=(rows[0], rows[1]))))
         return replace(form, pieces=tuple(pieces))
@@ -851,31 +869,41 @@ def _negated(of: Map) -> Map:
     return Map(entry(of.entry), rows, row(of.row))
 
 
-def _of_part(entry: Entry | None, part: int) -> Entry | None:
-    """An entry for all channels as that of one channel of a pair."""
-    if entry is None or entry.table is None or entry.table.part is not None:
+def _of_part(table: Table, part: int, pair: Factor | None) -> Table:
+    """A table as it meets one channel of each pair."""
+    tells = pair is not None and any(
+        d.axis == pair.axis and _le(d.stride, pair.stride) and not _le(d.stride * d.size, pair.stride)
+        for digits in table.dims
+        for d in digits
+    )
+    return table._replace(part=part) if tells else table
+
+
+def _entry_of_part(entry: Entry | None, part: int, pair: Factor | None) -> Entry | None:
+    if entry is None or entry.table is None:
         return entry
-    return entry._replace(table=entry.table._replace(part=part))
+    return entry._replace(table=_of_part(entry.table, part, pair))
 
 
-def _rows(of: Map) -> tuple[Row | None, Row | None]:
+def _rows(of: Map, pair: Factor | None) -> tuple[Row | None, Row | None]:
     if of.rows is not None:
         return of.rows
-    if of.entry is None:
+    if of.entry is None or pair is None:
         raise Unread("channels of pairs are mixed with single ones")
-    return (_of_part(of.entry, 0), None), (None, _of_part(of.entry, 1))
+    first, second = (_entry_of_part(of.entry, part, pair) for part in (0, 1))
+    return (first, None), (None, second)
 
 
-def _row(of: Map, which: int) -> Row:
+def _row(of: Map, which: int, pair: Factor) -> Row:
     if of.row is not None:
         raise Unread("a channel of a channel")
-    row = _rows(of)[which]
+    row = _rows(of, pair)[which]
     if row is None:
         raise Unread("channels are read before they are written")
     return row
 
 
-def _sum_of(a: Map, b: Map) -> Map:
+def _sum_of(a: Map, b: Map, pair: Factor | None) -> Map:
     def entry(x: Entry | None, y: Entry | None) -> Entry | None:
         if x is not None and y is not None:
             raise Unread("a sum that is no rotation")
@@ -890,19 +918,19 @@ def _sum_of(a: Map, b: Map) -> Map:
         return Map(row=row(a.row, b.row))
     if a.row is not None or b.row is not None:
         raise Unread("channels of pairs are mixed with single ones")
-    x, y = _rows(a), _rows(b)
+    x, y = _rows(a, pair), _rows(b, pair)
     return Map(rows=(row(x[0], y[0]), row(x[1], y[1])))
 
 
-def _times(of: Map, table: Table, as_complex: bool) -> Map:
+def _times(of: Map, table: Table, form: Form) -> Map:
     def entry(e: Entry | None, part: int | None) -> Entry | None:
         if e is None:
             return None
         if e.table is not None:
             raise Unread("a product with two tables")
-        return Entry(e.sign, table._replace(part=part))
+        return Entry(e.sign, table if part is None else _of_part(table, part, form.pair))
 
-    if as_complex:
+    if form.complex:
         if of != UNTOUCHED:
             raise Unread("a product with two tables")
         real, imaginary = table._replace(of="real"), table._replace(of="imag")
@@ -1164,7 +1192,7 @@ class _Side:
         form, sizes = reader.form(node, reader.site), shape(node)
         if sizes is None or len(sizes) != 4 or form.complex:
             raise Unread("queries and keys are no tensors of heads")
-        layout = _Layout.of(form, sizes)
+        layout = _Layout.of(reader.sizes, form, sizes)
         if form.tokens is None:
             (piece,) = form.pieces
             form = replace(form, pieces=(piece._replace(length=sizes[2]),))
@@ -1227,8 +1255,8 @@ class _Layout:
         return self.heads * self.head_dim
 
     @staticmethod
-    def of(form: Form, sizes: list[Dim]) -> _Layout:
-        """From a form of [B, H, N, D]."""
+    def of(equal: Sizes, form: Form, sizes: list[Dim]) -> _Layout:
+        """From a form of [B, H, N, D], which are `sizes`."""
         heads, head_dim = sizes[1], sizes[3]
         inner = shape(form.pieces[0].leaf)
         if not isinstance(heads, int) or not isinstance(head_dim, int) or inner is None:
@@ -1246,7 +1274,7 @@ class _Layout:
             if not digits:
                 continue
             (digit,) = digits[:1]
-            if len(digits) != 1 or not same(digit.stride, 1) or not same(digit.size, size):
+            if len(digits) != 1 or not same(digit.stride, 1) or not equal.same(digit.size, size):
                 raise Unread(f"{'batch' if letter == 'b' else 'tokens'} in another order")
             letters[digit.axis] = letter
         if head == _digits(Factor(last, head_dim, heads)) and same(inner[last], heads * head_dim):
@@ -1275,7 +1303,7 @@ def _front(reader: _Reader, call: AttentionCall, query: _Side, key: _Side) -> Fr
     norm, epsilon = _norm_of((query, key), notes)
     turn = _rotation_of(reader, (query, key))
     if norm == NO_NORM and turn is None:
-        raise Unread("; ".join(dict.fromkeys(reader.notes[-1:])) or "no norm and no rotation")
+        raise Unread("no norm and no rotation")
     if norm == NO_NORM and reader.notes:
         notes.append(f"norm left to the graph: {reader.notes[0]}")
     sources = [side.sources(reader, norm != NO_NORM) for side in (query, key)]
@@ -1335,7 +1363,9 @@ def _rotation_of(reader: _Reader, sides: tuple[_Side, _Side]) -> dict[str, Any] 
     if found == [None, None]:
         return None
     one, other = found
-    if one is None or other is None or not _alike_turns(reader, one, other):
+    if one is None or other is None:
+        raise Unread("of queries and keys only one is seen to be rotated")
+    if not _alike_turns(reader, one, other):
         raise Unread("queries and keys are rotated by different tables")
     start, cos, sin, interleaved, negative = one
     head_dim = sides[0].layout.head_dim

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from fpsc.passes.calls import AttentionCall
-from fpsc.passes.graph import example, memory_of, shape, writers_of, writes_into
+from fpsc.passes.graph import example, memory_of, op_name, shape, writers_of, writes_into
 
 INSERTED = "fpsc_inserted"
 """Key in the meta of inserted nodes."""
@@ -155,6 +155,9 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
                 if other not in found:
                     found.add(other)
                     queue.append(other)
+    for node in graph.nodes:
+        if node not in found and op_name(node) == "type_as" and node.args[1] in found:
+            _name_dtype(node)
     order = list(graph.nodes)
     live = {n for n in order if n not in found or n.op not in ("call_function", "call_method")}
     written = {n: memory_of(n.args[0]) for n in found if _writes(n)}  # type: ignore[arg-type]
@@ -170,6 +173,14 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
     for node in reversed(order):
         if node not in live:
             graph.erase_node(node)
+
+
+def _name_dtype(node: fx.Node) -> None:
+    """Make `x.type_as(y)` one that does not read y."""
+    x, y = node.args
+    value = example(y)
+    if isinstance(value, torch.Tensor):
+        node.target, node.args = "to", (x, value.dtype)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -23,6 +23,11 @@ _PURE = frozenset([
     "expand", "permute", "transpose", "t", "contiguous", "to", "bool", "int", "long", "invert",
     "logical_not", "logical_and", "logical_or", "and_", "or_", "not_", "eq", "ne", "sum", "add",
     "sub", "neg", "cat", "ones", "zeros", "new_ones", "new_zeros", "nonzero", "item",
+    # Of tables of positions:
+    "chunk", "split", "split_with_sizes", "unbind", "float", "double", "half", "bfloat16",
+    "type_as", "type", "cos", "sin", "arange", "linspace", "meshgrid", "outer", "pow", "mul",
+    "truediv", "div", "polar", "stack", "repeat", "repeat_interleave", "ones_like", "zeros_like",
+    "real", "imag", "view_as_complex", "view_as_real", "embedding",
 ])  # fmt: skip
 """Calls that give the same for the same arguments."""
 
