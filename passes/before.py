@@ -615,9 +615,7 @@ class _Reader:
         if channels:
             a, b = forms
             if stacked:
-                a, b = (
-                    replace(f, dims=(*f.dims[:axis], (), *f.dims[axis:])) for f in (a, b)
-                )
+                a, b = (replace(f, dims=(*f.dims[:axis], (), *f.dims[axis:])) for f in (a, b))
             return _paired(a, b, axis, leading=not stacked)
         if stacked:
             raise Unread("a stack of queries or keys")
@@ -800,9 +798,7 @@ def _taken(digits: list[Factor], size: Dim) -> Digits:
     return tuple(found)
 
 
-def _reshaped(
-    dims: tuple[Digits, ...], before: list[Dim], after: list[Dim]
-) -> tuple[Digits, ...]:
+def _reshaped(dims: tuple[Digits, ...], before: list[Dim], after: list[Dim]) -> tuple[Digits, ...]:
     groups = regions(before, after)
     if groups is None:
         raise Unread("a reshape")
@@ -872,7 +868,9 @@ def _negated(of: Map) -> Map:
 def _of_part(table: Table, part: int, pair: Factor | None) -> Table:
     """A table as it meets one channel of each pair."""
     tells = pair is not None and any(
-        d.axis == pair.axis and _le(d.stride, pair.stride) and not _le(d.stride * d.size, pair.stride)
+        d.axis == pair.axis
+        and _le(d.stride, pair.stride)
+        and not _le(d.stride * d.size, pair.stride)
         for digits in table.dims
         for d in digits
     )
@@ -1000,9 +998,7 @@ def _cut_piece(piece: Piece, skipped: Dim, length: Dim) -> Piece:
 
     of = piece.map
     rows = None if of.rows is None else (row(of.rows[0]), row(of.rows[1]))
-    return Piece(
-        piece.leaf, piece.start + skipped, length, Map(entry(of.entry), rows, row(of.row))
-    )
+    return Piece(piece.leaf, piece.start + skipped, length, Map(entry(of.entry), rows, row(of.row)))
 
 
 def _spelled_out(items: tuple[Any, ...], rank: int) -> list[Any]:

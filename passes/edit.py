@@ -156,7 +156,7 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
                     found.add(other)
                     queue.append(other)
     for node in graph.nodes:
-        if node not in found and op_name(node) == "type_as" and node.args[1] in found:
+        if op_name(node) == "type_as" and node.args[1] in found:
             _name_dtype(node)
     order = list(graph.nodes)
     live = {n for n in order if n not in found or n.op not in ("call_function", "call_method")}

@@ -365,9 +365,7 @@ def _statistic(sketch: Sketch, x: fx.Node, epsilon: float) -> fx.Node:
     return sketch.call(torch.rsqrt, sketch.call(operator.add, mean, epsilon))
 
 
-def _table(
-    sketch: Sketch, use: TableUse, front: Front, copied: dict[fx.Node, fx.Node]
-) -> fx.Node:
+def _table(sketch: Sketch, use: TableUse, front: Front, copied: dict[fx.Node, fx.Node]) -> fx.Node:
     """cos or sin as the op takes it, channels side by side."""
     table = copied[use.node]
     if use.of:
@@ -385,7 +383,9 @@ def _table(
         if letter not in letters:
             table = sketch.call("unsqueeze", table, axis)
     if use.every:
-        every = slice(None, None, 2) if front.rotation == INTERLEAVED else slice(front.head_dim // 2)
+        every = (
+            slice(None, None, 2) if front.rotation == INTERLEAVED else slice(front.head_dim // 2)
+        )
         table = sketch.item(table, (Ellipsis, every))
     if use.negative:
         table = sketch.call(torch.neg, table)

@@ -13,8 +13,8 @@ Before anything else a row may be normalised and rotated: `fpsc.kernels.before` 
 What is not compiled in there is passed as
 
     rstd              float32 [B, N], where NORM is GIVEN: `token_statistics` finds it
-    weight, bias      [WEIGHTS, C], C = stride_weight; the second row is for tokens from `split` on
-    cos, sin          [B, heads, length, D or where not WIDE D / 2], strides zero where shared; their
+    weight, bias      [WEIGHTS, C], C = stride_weight; the second row is for tokens from `split`
+    cos, sin          [B, heads, length, D or where not WIDE D / 2], strides zero where shared; the
                       first row is that of token `first`
 """
 
@@ -117,7 +117,7 @@ def load_rows(
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if NORM == LAYER:
         x = tl.where(mask, x - (tl.sum(x, 1) / D)[:, None], 0.0)
-    if NORM == PER_HEAD or NORM == LAYER:
+    if (NORM == PER_HEAD) | (NORM == LAYER):
         x *= tl.rsqrt(tl.sum(x * x, 1) / D + epsilon)[:, None]
     if NORM == GIVEN:
         x *= tl.load(rstd_ptr + position, mask=real, other=0.0)[:, None]

@@ -1,4 +1,4 @@
-"""A norm and a rotation in front of q and k, as a part of the op: formulas, gradients, arguments."""
+"""A norm and a rotation of q and k as a part of the op: formulas, gradients, arguments."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def naive(x: Tensor, side: str, given: dict[str, Any]) -> Tensor:
 
 
 def sides(given: dict[str, Any]) -> Before:
-    return before_of(**{k: v for k, v in given.items()})
+    return before_of(**given)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -145,7 +145,7 @@ def test_rotation_is_a_product_of_complex_numbers() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_autograds(case: str) -> None:
-    """The formulas against autograd through the formulas of forward, in all that is differentiable."""
+    """Against autograd through the formulas of forward, in all that is differentiable."""
     given = CASES[case]
     q, _, _ = qkv(small(), dim=D)
     x = q.detach().clone().requires_grad_()

@@ -17,7 +17,7 @@ from bench.family_runs import first
 from fpsc.passes.graph import is_linear, module_path, op_name
 from fpsc.policy import Policy
 from tests.compiled import compile_whole
-from tests.families import LTX2, MODELS, Model
+from tests.families import MODELS, Model
 from tests.passes import foreign
 from tests.passes.foreign import DIM, HEADS, WIDTH, angles, join, split
 from tests.thresholds import relative_rms
@@ -90,13 +90,11 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[float, list[str]]:
 
 # ---- models of diffusers
 
-BY_KEY = {model.key: model for model in MODELS} | {
-    "LTX2VideoTransformer3DModel/split": Model(
-        "LTX2VideoTransformer3DModel/split",
-        {**LTX2, "rope_type": "split"},
-        next(m for m in MODELS if m.key == "LTX2VideoTransformer3DModel").given,
-    )
-}
+BY_KEY = {model.key: model for model in MODELS}
+_LTX2 = BY_KEY["LTX2VideoTransformer3DModel"]
+BY_KEY["LTX2/split"] = Model(
+    "LTX2VideoTransformer3DModel/split", {**_LTX2.config, "rope_type": "split"}, _LTX2.given
+)
 ACROSS = "fused (rms across heads + rope interleaved)"
 PER_HEAD = "fused (rms per head + rope interleaved)"
 FUSED = {
@@ -107,7 +105,7 @@ FUSED = {
     "CogVideoXTransformer3DModel/5B": "fused (layer norm per head + rope interleaved)",
     "EasyAnimateTransformer3DModel": "fused (layer norm per head + rope interleaved)",
     "LTXVideoTransformer3DModel": ACROSS,
-    "LTX2VideoTransformer3DModel/split": "fused (rms across heads + rope half-split)",
+    "LTX2/split": "fused (rms across heads + rope half-split)",
     "CosmosTransformer3DModel/1": "fused (rms per head + rope half-split)",
 }
 
@@ -134,10 +132,10 @@ def test_norms_and_rotations_are_gone(key: str, graphs: list[fx.GraphModule]) ->
     assert dead(gm) == []
 
 
-LEFT = {
-    "AllegroTransformer3DModel": "concatenation",  # three rotations, one an axis
-    "Kandinsky5Transformer3DModel": "rms_norm",  # no epsilon; products with 2 x 2 matrices
-}
+LEFT = (
+    "AllegroTransformer3DModel",  # three rotations, one an axis of the grid
+    "Kandinsky5Transformer3DModel",  # products with matrices of 2 x 2
+)
 
 
 @pytest.mark.parametrize("key", LEFT)
@@ -158,10 +156,10 @@ class Layer(nn.Module):
     def __init__(self, front: Callable[..., Tensor], after: Any = None) -> None:
         super().__init__()
         self.a, self.b, self.c, self.d = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        shapes = {"head": (DIM,), "wide": (WIDTH,), "bias": (DIM,), "own": (HEADS, 1, DIM)}
         for side in "qk":
-            for name, shape in (("head", DIM), ("wide", WIDTH), ("bias", DIM), ("own", (HEADS, 1, DIM))):
-                size = shape if isinstance(shape, tuple) else (shape,)
-                setattr(self, f"{side}_{name}", nn.Parameter(torch.rand(size) + 0.5))
+            for name, shape in shapes.items():
+                setattr(self, f"{side}_{name}", nn.Parameter(torch.rand(shape) + 0.5))
         self.learned = nn.Parameter(angles(60))
         self.front, self.after = front, after or (lambda layer, q: 0.0)
 
