@@ -1216,7 +1216,7 @@ class _Side:
                 x, weight, bias = leaf, None, None
                 if normed and norm is not None:
                     x, weight, bias = norm.x, norm.weight, norm.bias
-                self._unwritten(reader, x, leaf)
+                self._unwritten(reader, x)
                 found.append(Source(x, self.layout.order, length, weight, bias))
             if not reader.sizes.same(piece.start, position):
                 raise Unread(f"tokens of {leaf.name} are in another order")
@@ -1226,8 +1226,9 @@ class _Side:
         return tuple(found)
 
     @staticmethod
-    def _unwritten(reader: _Reader, x: fx.Node, leaf: fx.Node) -> None:
-        since, until = reader.at(leaf), reader.at(reader.site)
+    def _unwritten(reader: _Reader, x: fx.Node) -> None:
+        """What the op reads later than the graph did may not change in between."""
+        since, until = reader.at(x), reader.at(reader.site)
         if any(since < reader.at(w) < until for w in writers_of(memory_of(x))):
             raise Unread(f"{x.name} is written in place in front of the attention")
 
@@ -1299,7 +1300,7 @@ def _front(reader: _Reader, call: AttentionCall, query: _Side, key: _Side) -> Fr
     norm, epsilon = _norm_of((query, key), notes)
     turn = _rotation_of(reader, (query, key))
     if norm == NO_NORM and turn is None:
-        raise Unread("no norm and no rotation")
+        raise Unread("; ".join(notes) or "no norm and no rotation")
     if norm == NO_NORM and reader.notes:
         notes.append(f"norm left to the graph: {reader.notes[0]}")
     sources = [side.sources(reader, norm != NO_NORM) for side in (query, key)]

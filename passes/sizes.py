@@ -22,14 +22,17 @@ _PURE = frozenset([
     "getitem", "select", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze",
     "expand", "permute", "transpose", "t", "contiguous", "to", "bool", "int", "long", "invert",
     "logical_not", "logical_and", "logical_or", "and_", "or_", "not_", "eq", "ne", "sum", "add",
-    "sub", "neg", "cat", "ones", "zeros", "new_ones", "new_zeros", "nonzero", "item",
-    # Of tables of positions:
-    "chunk", "split", "split_with_sizes", "unbind", "float", "double", "half", "bfloat16",
-    "type_as", "type", "cos", "sin", "arange", "linspace", "meshgrid", "outer", "pow", "mul",
-    "truediv", "div", "polar", "stack", "repeat", "repeat_interleave", "ones_like", "zeros_like",
-    "real", "imag", "view_as_complex", "view_as_real", "embedding",
+    "sub", "neg", "cat", "ones", "zeros", "new_ones", "new_zeros", "nonzero", "item", "chunk",
+    "split", "split_with_sizes", "unbind", "float", "double", "half", "bfloat16", "type_as", "type",
+    "real", "imag", "view_as_complex", "view_as_real", "meshgrid",
 ])  # fmt: skip
-"""Calls that give the same for the same arguments."""
+"""Calls that give the same for the same arguments; some give a view of one."""
+
+_COMPUTED = _PURE | frozenset([
+    "cos", "sin", "arange", "linspace", "outer", "pow", "mul", "truediv", "div", "polar", "stack",
+    "repeat", "repeat_interleave", "ones_like", "zeros_like", "embedding",
+])  # fmt: skip
+"""With what tables of positions are made of."""
 
 
 class Sizes:
@@ -156,7 +159,7 @@ class Sizes:
     def _number_of(self, node: fx.Node) -> fx.Node:
         """The first node that has the value of this one."""
         node = self.program.root_of(node)
-        if op_name(node) not in _PURE or node.op == "placeholder" or self._is_written(node):
+        if op_name(node) not in _COMPUTED or node.op == "placeholder" or self._is_written(node):
             return node
         key = (
             str(node.target),
@@ -184,7 +187,7 @@ class Sizes:
         node = self.program.root_of(node)
         if node in self._written:
             return True
-        return op_name(node) in _PURE and any(map(self._is_written, node.all_input_nodes))
+        return op_name(node) in _COMPUTED and any(map(self._is_written, node.all_input_nodes))
 
 
 def _written(program: Program) -> set[fx.Node]:
