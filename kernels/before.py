@@ -66,11 +66,6 @@ class Rotation:
     interleaved: bool = True
     start: int = 0
 
-    @property
-    def wide(self) -> int:
-        """Channels of the tables."""
-        return self.cos.shape[3]
-
 
 @dataclass(frozen=True)
 class Before:

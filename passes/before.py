@@ -210,7 +210,6 @@ class Front:
         heads, head_dim: of both.
         norm, epsilon, rotation: as the op takes them.
         start: the first token that is rotated.
-        wide: tables have one value a channel.
         notes: what was left to the graph, and why.
     """
 
