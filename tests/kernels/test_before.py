@@ -212,6 +212,24 @@ def test_opcheck_with_what_is_in_front(case: str) -> None:
     )
 
 
+def test_compiled() -> None:
+    """By Inductor, forward and backward."""
+    t, given = small(), dict(CASES["rms, two weights"])
+    q, k, v = (x.detach().clone().requires_grad_() for x in qkv(t, dim=D))
+    given["q_weight"] = given["q_weight"].clone().requires_grad_()
+    inputs = q, k, v, given["q_weight"]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        return ops.attention(q, k, v, **t._asdict(), **(given | {"q_weight": weight}))[0]
+
+    out, expected = torch.compile(run, fullgraph=True)(*inputs), run(*inputs)
+    assert relative_rms(out, expected) <= KERNEL_FP8
+    dout = torch.randn_like(out)
+    found = (torch.autograd.grad(x, inputs, dout) for x in (out, expected))
+    for x, y in zip(*found, strict=True):
+        assert relative_rms(x, y) <= KERNEL_FP8_GRAD
+
+
 def test_autocast_casts_q_k_and_v_alone() -> None:
     t, given = small(), CASES["rms, two weights"]
     q, k, v = qkv(t, dim=D)

@@ -72,10 +72,10 @@ ONLY_VIEWS = {
 
 
 def dead(gm: fx.GraphModule) -> list[fx.Node]:
-    """Calls of norms and rotations that nothing reads, and writes of their results."""
-    names = {"rms_norm", "mul", "add", "sub", "stack", "neg", "type_as", "flatten", "addcmul_"}
-    found = [n for n in gm.graph.nodes if not n.users and op_name(n) in names | {"setitem", "to"}]
-    return [n for n in found if "attn" in module_path(n) or "attention" in module_path(n)]
+    """Calls in the modules of the sites that nothing reads, and writes of their results."""
+    paths = {module_path(site) for site in attentions(gm)}
+    calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
+    return [n for n in calls if not n.users and module_path(n) in paths]
 
 
 def run(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[float, list[str]]:
