@@ -76,7 +76,7 @@ class Before:
     rotation: Rotation | None = None
 
     def __bool__(self) -> bool:
-        return not (self.norm_q is self.norm_k is self.rotation is None)
+        return any(x is not None for x in (self.norm_q, self.norm_k, self.rotation))
 
     def apply(self, q_BHND: Tensor, k_BGND: Tensor) -> tuple[Tensor, Tensor]:
         """q and k themselves where there is nothing to do, else what takes their place, float32."""

@@ -135,18 +135,18 @@ def check_before(
 
     Raises: ValueError.
     """
-    for name, value, known in (("norm", norm, NORMS), ("rotation", rotation, ROTATIONS)):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
+    for choice, chosen, known in (("norm", norm, NORMS), ("rotation", rotation, ROTATIONS)):
+        if chosen not in known:
+            raise ValueError(f"{choice}: expected one of {', '.join(known)}, found {chosen!r}")
     B, _, N, D = q_BHND.shape
     sides = (("q", q_BHND, q_weight, q_bias, q_rstd), ("k", k_BGND, k_weight, k_bias, k_rstd))
     for side, x, weight, bias, rstd in sides:
         given = (("weight", weight, NORMS[1:]), ("bias", bias, (LAYER,)), ("rstd", rstd, (ACROSS,)))
-        for name, value, kinds in given:
+        for name, value, norms in given:
             if value is None:
                 continue
-            if norm not in kinds:
-                expected = " or ".join(kinds)
+            if norm not in norms:
+                expected = " or ".join(norms)
                 raise ValueError(f"{side}_{name}: expected norm {expected} with it, found {norm!r}")
             if value.device != x.device:
                 raise ValueError(

@@ -308,8 +308,8 @@ def _attention_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, _, N, D = out.shape
     if q is None or k is None or v is None:  # then k8 is there
-        dq, *of_keys = out, *(out.new_empty(B, k8.shape[1], N, D) for _ in range(2))
-        return dq.new_empty(dq.shape), *of_keys
+        dk, dv = (out.new_empty(B, k8.shape[1], N, D) for _ in range(2))
+        return out.new_empty(out.shape), dk, dv
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -33,6 +33,7 @@ from fpsc.passes.graph import (
     argument,
     dim,
     example,
+    fixed,
     is_cat,
     is_convolution,
     is_linear,
@@ -427,8 +428,7 @@ class _Reader:
         return self._indexed(form, sizes, tuple(chosen))
 
     def _indexed(self, form: Form, sizes: list[Dim], index: Any) -> Form:
-        items = index if isinstance(index, tuple) else (index,)
-        items = _spelled_out(items, len(sizes))
+        items = _spelled_out(index if isinstance(index, tuple) else (index,), len(sizes))
         axis = 0  # of what is left of form
         for item in items:
             if item is None:
@@ -1068,12 +1068,9 @@ def read_norm(reader: _Reader, node: fx.Node) -> Normed | None:
                 if found is not None:
                     return _normed(reader, node, found[0], RMS, found[1], weight, None, width)
     found = _scaled(node)
-    return None if found is None else _normed(reader, node, *_plain_rms(found), width)
-
-
-def _plain_rms(found: tuple[fx.Node, object]) -> tuple[Any, ...]:
-    x, epsilon = found
-    return x, RMS, epsilon, None, None
+    if found is None:
+        return None
+    return _normed(reader, node, found[0], RMS, found[1], None, None, width)
 
 
 def _normed(
@@ -1086,6 +1083,7 @@ def _normed(
     bias: object,
     width: int,
 ) -> Normed | None:
+    epsilon = fixed(epsilon)
     if not isinstance(x, fx.Node) or not isinstance(epsilon, float) or epsilon <= 0:
         return None
     for parameter in (weight, bias):
@@ -1307,7 +1305,8 @@ def _front(reader: _Reader, call: AttentionCall, query: _Side, key: _Side) -> Fr
         _two_weights(reader, sources)
     _one_dtype(call, sources)
     front = Front(
-        *sources,
+        query=sources[0],
+        key=sources[1],
         heads=(query.layout.heads, key.layout.heads),
         head_dim=query.layout.head_dim,
         norm=norm,

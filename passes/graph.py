@@ -140,6 +140,12 @@ def product(dims: Iterable[Dim]) -> Dim:
     return result
 
 
+def fixed(number: object) -> object:
+    """A number that dynamic shapes made an input of the graph, with a guard that it is this one."""
+    value = example(number)
+    return float(value) if isinstance(value, torch.SymFloat) else number
+
+
 def source_name(node: fx.Node) -> str:
     """Where Dynamo took a placeholder from, e.g. `L['kwargs']['timestep']`; "" when unknown."""
     source = getattr(node, "_dynamo_source", None)

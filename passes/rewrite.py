@@ -312,7 +312,7 @@ class _Writer:
         if front.cos is not None and front.sin is not None:
             named |= {"rotation": front.rotation, "start": start}
             for name, use in (("cos", front.cos), ("sin", front.sin)):
-                key = (self.sizes.value_of(use.node), replace(use, node=None), front.rotation)
+                key = replace(use, node=self.sizes.value_of(use.node)), front.rotation
                 if key not in tables:
                     tables[key] = _table(sketch, use, front, copied)
                 named[name] = tables[key]

@@ -76,7 +76,8 @@ def arguments(
     """For a kernel: what it is passed of a norm and a rotation, and what is compiled in."""
     rstd = weight = bias = cos = sin = None
     epsilon, row, split = 0.0, 0, 0
-    strides, first, length = (0, 0, 0), 0, 0
+    strides: tuple[int, ...] = (0, 0, 0)
+    first = length = 0
     compiled_in = {
         "NORM": 0 if norm is None else KINDS[norm.kind].value, "ROTATION": 0, "NORM_STRIDE": 0,
         "WEIGHTS": 1, "WIDE": False,
