@@ -1431,10 +1431,10 @@ def _turn_of(reader: _Reader, side: _Side) -> Turn | None:
 
 def _tables_of(reader: _Reader, of: Map) -> tuple[Table, Table, bool]:
     """cos and sin of a rotation, and whether it turns the other way."""
-    rows = of.rows
-    if rows is None or rows[0] is None or rows[1] is None:
+    first, second = of.rows or (None, None)
+    if first is None or second is None:
         raise Unread("a product that is no rotation")
-    (cos_a, sin_a), (sin_b, cos_b) = rows
+    (cos_a, sin_a), (sin_b, cos_b) = first, second
     entries = (cos_a, sin_a, sin_b, cos_b)
     if any(e is None or e.table is None for e in entries):
         raise Unread("a product that is no rotation")
@@ -1442,9 +1442,9 @@ def _tables_of(reader: _Reader, of: Map) -> tuple[Table, Table, bool]:
     if signs not in ([1, -1, 1, 1], [1, 1, -1, 1]):
         raise Unread("a product that is no rotation")
     tables = [e.table for e in entries if e is not None and e.table is not None]
-    for first, second in ((tables[0], tables[3]), (tables[1], tables[2])):
-        parts = (first.part, second.part)
-        same_tensor = _same_table(reader, first._replace(part=0), second._replace(part=0))
+    for a, b in ((tables[0], tables[3]), (tables[1], tables[2])):
+        parts = (a.part, b.part)
+        same_tensor = _same_table(reader, a._replace(part=0), b._replace(part=0))
         if parts not in ((None, None), (0, 1)) or not same_tensor:
             raise Unread("channels of a pair are rotated by different tables")
     return tables[0], tables[1], signs[1] > 0
