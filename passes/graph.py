@@ -222,9 +222,9 @@ def memory_of(node: fx.Node) -> fx.Node:
     """What a value may share its memory with: where the memory was made."""
     while (
         node.op in ("call_function", "call_method")
-        and op_name(node) in _SHARES
         and node.args
         and isinstance(node.args[0], fx.Node)
+        and (op_name(node) in _SHARES or writes_into(node, node.args[0]))
     ):
         node = node.args[0]
     return node
