@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -550,4 +551,8 @@ def test_whatever_stands_in_front_is_right(norm: Any, steps: list[Any], keys_ali
         return y
 
     torch._dynamo.reset()
-    check(Layer(front))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some of it is taken for two sequences, and stays dense
+        error, prologues = run(foreign.Model(Layer(front)), *foreign.arguments())
+    assert error <= SAME
+    assert all(p.startswith(("fused (", "not fused: ")) for p in prologues)
