@@ -55,6 +55,10 @@ that it is up to date. Tiny models under full compile, one batch element, float3
 - **timestep**: the argument, and the convention by which it becomes a noise level. Where that is
   open, `options={{"timestep": {{"convention": ...}}}}` states it.
 
+With Triton kernels the norms and rotary embeddings of queries and keys become a part of the op in
+the families of Wan, HunyuanVideo, CogVideoX and LTX, and in every other whose graph can be read. In
+Allegro and Kandinsky they stay in the graph: `fpsc.reports()` says why ([more](kernels.md)).
+
 | class | replaced | compiles | error | grid from | timestep | left dense |
 |---|---|---|---|---|---|---|
 """

@@ -24,7 +24,7 @@ from fpsc.choice import choose
 from fpsc.families import family_of
 from fpsc.guard import guard_structure
 from fpsc.kernels.kinds import FP8_CELLS
-from fpsc.kernels.select import Choice, fp8_support, select
+from fpsc.kernels.select import PACKING, Choice, fp8_support, select
 from fpsc.launch import Launcher, Observer
 from fpsc.options import OptionError, Options, inductor_patches, parse
 from fpsc.passes import manager
@@ -118,6 +118,7 @@ def analyse_graph(gm: fx.GraphModule, options: Mapping[str, Any] | None = None) 
     """
     state = _state(None, parse(None, options))
     analysis = _analyse(gm, state, None, strict=state.options.strict)
+    _read_fronts(analysis, state)
     return _report(analysis, state, "the root module")
 
 
@@ -170,6 +171,18 @@ def _analyse(
         # What a block, or the rest of a broken forward, calls `timestep` may be an embedding of it.
         analysis.timestep = None
     return analysis
+
+
+def _read_fronts(analysis: Analysis, state: ModelState) -> None:
+    """Find out which norms and rotations the op does itself."""
+    wanted, why_not = state.options.fuse_prologue, ""
+    if wanted is False:
+        why_not = "fuse_prologue is false"
+    elif wanted == "auto":
+        others = {str(c.name) for c in _choices(analysis, state)} - {*PACKING}
+        if others:
+            why_not = f"the {', '.join(sorted(others))} kernel gains nothing by it"
+    manager.read_fronts(analysis, why_not, strict=state.options.strict)
 
 
 def _replace(analysis: Analysis, state: ModelState) -> Rewritten | None:
@@ -310,6 +323,7 @@ def _rewrite(
     state.saw_video |= shows_video(analysis)
     if not analysis.candidates:
         return None
+    _read_fronts(analysis, state)
     rewritten = _replace(analysis, state) if analysis.targets else None
     report = _report(analysis, state, _side_channel(state, root))
     record(report)
@@ -331,7 +345,8 @@ def _rewrite(
 def _compile(
     launcher: Launcher, example_inputs: Sequence[Any], patches: dict[str, Any]
 ) -> Launcher:
-    structure = repr([launcher.structure, launcher.report.kernels])
+    fused = [str(target.front) for target in launcher.rewritten.targets]
+    structure = repr([launcher.structure, launcher.report.kernels, fused])
     user_hook = patches.get(HOOK, getattr(inductor_config, HOOK))
     patches = {**patches, HOOK: CacheKey(structure, user_hook)}
     fake_mode = TracingContext.get().fake_mode

@@ -55,6 +55,9 @@ class Options(BaseModel):
             (false, faster).
         kernel: `auto`, or the name of the only implementation that may run
             (`fpsc.kernels.select.KERNELS`): where it cannot, that is an error.
+        fuse_prologue: whether the op itself does the norms and rotary embeddings in front of a
+            site (true), or leaves them to Inductor (false); `auto` where a Triton kernel computes
+            the site. Where they are not understood they stay in the graph, and the report says why.
         inductor: options that are passed on to Inductor.
     """
 
@@ -70,6 +73,7 @@ class Options(BaseModel):
     ) = None
     emulate_fp8: bool = True
     kernel: str = "auto"
+    fuse_prologue: bool | Literal["auto"] = "auto"
     inductor: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("kernel")

@@ -48,6 +48,8 @@ class Site:
         q_shape: sizes of its queries, [batch, heads, tokens, head_dim].
         grid_source: `graph`, `latent` or `options`; "" when unknown.
         prefix, suffix: text tokens before and after the video span.
+        prologue: which norms and rotations the op does itself, or why none; "" where it was not
+            replaced.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Site:
     grid_source: str = ""
     prefix: int | str = 0
     suffix: int | str = 0
+    prologue: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,12 @@ class Report:
             lines.append(f"  timestep from {self.timestep}")
         lines += [f"  kernel {kernel}" for kernel in self.kernels]
         groups = Counter(
-            (s.role, s.replaced, s.reason, s.grid, s.grid_source, s.q_shape) for s in self.sites
+            (s.role, s.replaced, s.reason, s.grid, s.grid_source, s.q_shape, s.prologue)
+            for s in self.sites
         )
-        for (role, replaced, reason, grid, origin, q_shape), n in groups.items():
+        for (role, replaced, reason, grid, origin, q_shape, prologue), n in groups.items():
             place = f", grid {'x'.join(map(str, grid))} from {origin}" if grid else ""
-            verdict = "replaced" if replaced else f"left dense: {reason}"
+            verdict = f"replaced; prologue {prologue}" if replaced else f"left dense: {reason}"
             lines.append(f"  {n} x {role} {list(q_shape)}{place}: {verdict}")
         for phase in self.phases:
             high, low = phase.noise
@@ -205,9 +209,15 @@ def sites_of(analysis: Analysis) -> list[Site]:
                 grid_source=found.origin if found else "",
                 prefix=_plain(found.prefix) if found else 0,
                 suffix=_plain(found.suffix) if found else 0,
+                prologue=_prologue(decision) if isinstance(decision, Target) else "",
             )
         )
     return sites
+
+
+def _prologue(target: Target) -> str:
+    found = target.front
+    return f"not fused: {found}" if isinstance(found, str) else f"fused ({found})"
 
 
 def _plain(size: object) -> int | str:

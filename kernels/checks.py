@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fpsc.kernels.before import ACROSS, HALF_SPLIT, INTERLEAVED, LAYER, NORMS, RMS, ROTATIONS
 from fpsc.kernels.kinds import ALL_CELLS, FP8_CELLS, INPUT_CELLS
 from fpsc.kernels.select import select
 
@@ -113,11 +114,111 @@ def check_shapes(
             )
 
 
+def check_before(
+    q_BHND: Tensor,
+    k_BGND: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    q_rstd: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    k_rstd: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    norm: str,
+    epsilon: float,
+    split: int,
+    rotation: str,
+    start: int,
+) -> None:
+    """What shapes alone tell of the norm and the rotation in front of q and k.
+
+    Raises: ValueError.
+    """
+    for choice, chosen, known in (("norm", norm, NORMS), ("rotation", rotation, ROTATIONS)):
+        if chosen not in known:
+            raise ValueError(f"{choice}: expected one of {', '.join(known)}, found {chosen!r}")
+    B, _, N, D = q_BHND.shape
+    sides = (("q", q_BHND, q_weight, q_bias, q_rstd), ("k", k_BGND, k_weight, k_bias, k_rstd))
+    for side, x, weight, bias, rstd in sides:
+        given = (("weight", weight, NORMS[1:]), ("bias", bias, (LAYER,)), ("rstd", rstd, (ACROSS,)))
+        for name, value, norms in given:
+            if value is None:
+                continue
+            if norm not in norms:
+                expected = " or ".join(norms)
+                raise ValueError(f"{side}_{name}: expected norm {expected} with it, found {norm!r}")
+            if value.device != x.device:
+                raise ValueError(
+                    f"{side}_{name}: expected q's device {x.device}, got {value.device}"
+                )
+        for name, value in (("weight", weight), ("bias", bias)):
+            widths = (D,) if norm in (RMS, LAYER) else (D, x.shape[1] * D)
+            if value is not None and (
+                value.ndim not in (1, 2)
+                or not _is_one_of(value.shape[-1], widths)
+                or (value.ndim == 2 and not _is_one_of(value.shape[0], (1, 2)))
+            ):
+                expected = " or ".join(map(str, widths))
+                raise ValueError(
+                    f"{side}_{name}: expected [C] or [2, C] with C = {expected}, got shape "
+                    f"{list(value.shape)}"
+                )
+        if weight is not None and bias is not None and _differ_in_rank_or_size(weight, bias):
+            raise ValueError(
+                f"{side}_bias: expected the shape of {side}_weight, {list(weight.shape)}, got "
+                f"{list(bias.shape)}"
+            )
+        if rstd is not None and (
+            rstd.dtype != torch.float32 or rstd.ndim != 2 or _differ(rstd.shape, (B, N))
+        ):
+            raise ValueError(
+                f"{side}_rstd: expected float32 [B, N] = {[B, N]}, got {rstd.dtype} "
+                f"{list(rstd.shape)}"
+            )
+    if rotation not in (INTERLEAVED, HALF_SPLIT):
+        return
+    if cos is None or sin is None:
+        raise ValueError(f"cos, sin: expected tables for rotation {rotation!r}, got none")
+    if _is_known(D % 2 != 0):
+        raise ValueError(f"rotation: expected an even head_dim, got {D}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.device != q_BHND.device:
+            raise ValueError(f"{name}: expected q's device {q_BHND.device}, got {table.device}")
+        if (
+            table.ndim != 4
+            or not table.is_floating_point()
+            or not _is_one_of(table.shape[3], (D, D // 2))
+            or not all(_is_one_of(table.shape[1], (1, x.shape[1])) for x in (q_BHND, k_BGND))
+            or not _is_one_of(table.shape[0], (1, B))
+        ):
+            raise ValueError(
+                f"{name}: expected floating point [1 or B, 1 or H, tokens, D or D / 2] for q "
+                f"{list(q_BHND.shape)} and k {list(k_BGND.shape)}, got {table.dtype} "
+                f"{list(table.shape)}"
+            )
+    if _differ(cos.shape, sin.shape):
+        raise ValueError(f"sin: expected cos's shape {list(cos.shape)}, got {list(sin.shape)}")
+    if _is_known(start < 0) or _is_known(start + cos.shape[2] > N):
+        raise ValueError(
+            f"start: expected the {cos.shape[2]} tokens of cos within the {N} of q, got {start}"
+        )
+
+
+def _differ_in_rank_or_size(x: Tensor, y: Tensor) -> bool:
+    return x.ndim != y.ndim or _differ(x.shape, y.shape)
+
+
 def _differ(found: Sequence[int], expected: Sequence[int]) -> bool:
     """Whether sizes are known to differ. Of those that depend on data nothing is known in advance:
     they are looked at when the op runs."""
     pairs = zip(found, expected, strict=True)
     return any(_is_known(f != e) for f, e in pairs)
+
+
+def _is_one_of(found: int, expected: Sequence[int]) -> bool:
+    """Whether a size is not known to differ from all of these."""
+    return not all(_is_known(found != e) for e in expected)
 
 
 def _is_known(condition: bool | torch.SymBool) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fpsc.kernels import threads
+from fpsc.kernels.before import NOTHING_BEFORE, Before
 from fpsc.kernels.kinds import ALL_CELLS
 from fpsc.kernels.reference import E4M3_MAX, P_OFFSET, key_groupings, quantisation_scale
 
@@ -85,11 +86,13 @@ def forward(
     key_mask_BN: Tensor | None,
     scale: float,
     kinds: int = ALL_CELLS,
+    before: Before = NOTHING_BEFORE,
 ) -> tuple[Tensor, Tensor, None]:
     """As `reference.forward`."""
+    q_BHND, k_BGND = before.apply(q_BHND, k_BGND)
     B, H, N, D = q_BHND.shape
     # What these hold is the answer of a query that sees no key.
-    out_BHND = q_BHND.new_zeros(B, N, H, D).transpose(1, 2)
+    out_BHND = v_BGND.new_zeros(B, N, H, D).transpose(1, 2)
     lse_BHN = q_BHND.new_full((B, H, N), -math.inf, dtype=torch.float32)
 
     def attend(task: Task) -> None:

@@ -1,7 +1,9 @@
 """The custom ops: `fpsc::attention` and its backward, for eager, autograd, autocast and compile.
 
     fpsc::attention(q, k, v, rows, cells, modes, list_ptr, list_idx, back_ptr, back_idx, order,
-                    groups, gather, valid, key_mask, scale, site, kinds, implementation)
+                    groups, gather, valid, key_mask, scale, site, kinds, implementation,
+                    q_weight, q_bias, q_rstd, k_weight, k_bias, k_rstd, cos, sin,
+                    norm, epsilon, split, rotation, start)
         -> (out, lse, shift, q8, k8, v8, q_scale, k_scale, v_scale)
 
 The mathematics is in `fpsc.kernels.reference`. All tables are int32 tensors, data and never
@@ -34,6 +36,10 @@ Two arguments are structure:
                "auto" or the name of one, which then serves the call or is an error. `kernel` in
                all other places: Inductor passes an op's defaults by name, and has its own `kernel`
 
+What follows is a norm of q and of k and a rotation of both that are done in the op, in front of all
+else; by default there is neither. `fpsc.kernels.before` says what they compute, its classes what
+each argument is. All but cos and sin are differentiable.
+
 The outputs behind lse are what backward needs of fp8 cells: `fpsc.kernels.saved`. They have no
 elements where the implementation or `kinds` has no use for them.
 
@@ -49,10 +55,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpsc.kernels.checks import check_lengths, check_rows, check_shapes, check_values
+from fpsc.kernels.before import Before, before_of, gradients
+from fpsc.kernels.checks import (
+    check_before,
+    check_lengths,
+    check_rows,
+    check_shapes,
+    check_values,
+)
 from fpsc.kernels.kinds import ALL_CELLS, FP8_CELLS, INPUT_CELLS
 from fpsc.kernels.saved import Saved, empty_saved, new_saved
-from fpsc.kernels.select import select
+from fpsc.kernels.select import PACKING, select
 
 IMPLEMENTATIONS = {
     "cpu": "fpsc.kernels.cpu",
@@ -64,15 +77,13 @@ IMPLEMENTATIONS = {
 """By the name of a `Choice`: modules with `forward` and `backward`, imported when they are chosen.
 
     forward(q, k, v, modes_BH3, list_ptr, list_idx, order, groups, gather, valid, key_mask, scale,
-            kinds) -> (out, lse, saved)
+            kinds, before) -> (out, lse, saved)
     backward(dout, q, k, v, out, lse, saved, modes_BH3, list_ptr, list_idx, back_ptr, back_idx,
              order, groups, gather, valid, key_mask, scale, kinds) -> (dq, dk, dv)
 
-saved is a `Saved`, or None where backward needs none of it.
+saved is a `Saved`, or None where backward needs none of it. before is a
+`fpsc.kernels.before.Before`; q and k of backward are what it has made of them.
 """
-
-SAVING = ("triton", "gluon", "hopper")
-"""Those that leave a `Saved` for fp8 cells, with which backward needs no q, k and v."""
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -98,11 +109,13 @@ def attention(
     site: int = 0,
     kinds: int = ALL_CELLS,
     kernel: str = "auto",
+    **before: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q over the key tiles that the tables name, by keyword.
 
     q [B, H, N, D], k and v [B, G, N, D] with G dividing H; float32, bfloat16 or float16; D 16..256;
-    any strides. Tables, kinds and kernel: see the module. scale: D ** -0.5 where None.
+    any strides. Tables, kinds, kernel and what may be in front of q and k (`before`): see the
+    module. scale: D ** -0.5 where None.
 
     Returns out [B, H, N, D] in q's dtype, whose memory is [B, N, H, D]-contiguous, and lse [B, H,
     N] float32: log of the sum of exp(scale q.k) over the keys seen. A query that sees none gets 0
@@ -115,7 +128,7 @@ def attention(
         scale = q.shape[-1] ** -0.5
     return torch.ops.fpsc.attention(
         q, k, v, rows, cells, modes, list_ptr, list_idx, back_ptr, back_idx, order, groups, gather,
-        valid, key_mask, scale, site, kinds, kernel,
+        valid, key_mask, scale, site, kinds, kernel, **before,
     )[:2]  # fmt: skip
 
 
@@ -146,9 +159,27 @@ def _attention(
     site: int,
     kinds: int = ALL_CELLS,
     implementation: str = "auto",
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    q_rstd: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    k_rstd: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    norm: str = "none",
+    epsilon: float = 1e-6,
+    split: int = 0,
+    rotation: str = "none",
+    start: int = 0,
 ) -> Outputs:
     lists = (list_ptr, list_idx, back_ptr, back_idx, order, groups, gather, valid)
+    before = (
+        q_weight, q_bias, q_rstd, k_weight, k_bias, k_rstd, cos, sin, norm, epsilon, split,
+        rotation, start,
+    )  # fmt: skip
     check_shapes(q, k, v, rows, cells, modes, *lists, key_mask, site, kinds, implementation)
+    check_before(q, k, *before)
     check_lengths(q.shape[0], rows, *lists)
     check_rows(rows, cells, modes)
     modes_BH3 = resolve_modes(q.shape[0], rows, cells, modes, site)
@@ -156,7 +187,7 @@ def _attention(
     with torch.autocast(q.device.type, enabled=False):
         out, lse, saved = _implementation(q, kinds, implementation).forward(
             q, k, v, modes_BH3, list_ptr, list_idx, order, groups, gather, valid, key_mask, scale,
-            kinds,
+            kinds, before=before_of(*before),
         )  # fmt: skip
     return out, lse, *(empty_saved(q.device) if saved is None else saved)
 
@@ -182,13 +213,31 @@ def _attention_fake(
     site: int,
     kinds: int = ALL_CELLS,
     implementation: str = "auto",
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    q_rstd: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    k_rstd: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    norm: str = "none",
+    epsilon: float = 1e-6,
+    split: int = 0,
+    rotation: str = "none",
+    start: int = 0,
 ) -> Outputs:
     lists = (list_ptr, list_idx, back_ptr, back_idx, order, groups, gather, valid)
+    before = (
+        q_weight, q_bias, q_rstd, k_weight, k_bias, k_rstd, cos, sin, norm, epsilon, split,
+        rotation, start,
+    )  # fmt: skip
     check_shapes(q, k, v, rows, cells, modes, *lists, key_mask, site, kinds, implementation)
+    check_before(q, k, *before)
     B, H, N, D = q.shape
     out = q.new_empty(B, N, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, N, dtype=torch.float32)
-    saves = _chosen(q, kinds, implementation) in SAVING and kinds & FP8_CELLS
+    saves = _chosen(q, kinds, implementation) in PACKING and kinds & FP8_CELLS
     return out, lse, *(new_saved(q, k, *gather.shape) if saves else empty_saved(q.device))
 
 
@@ -260,11 +309,10 @@ def _attention_backward_fake(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, _, N, D = out.shape
-    if k is None or v is None:  # then k8 is there
+    if q is None or k is None or v is None:  # then k8 is there
         dk, dv = (out.new_empty(B, k8.shape[1], N, D) for _ in range(2))
-    else:
-        dk, dv = out.new_empty(k.shape), out.new_empty(v.shape)
-    return out.new_empty(out.shape), dk, dv
+        return out.new_empty(out.shape), dk, dv
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _chosen(q: Tensor, kinds: int, kernel: str) -> str:
@@ -277,24 +325,59 @@ def _implementation(q: Tensor, kinds: int, kernel: str) -> ModuleType:
     return import_module(IMPLEMENTATIONS[_chosen(q, kinds, kernel)])
 
 
+TABLES = 16
+"""Arguments between v and q_weight."""
+
+TENSORS = 8
+"""Arguments from q_weight to sin."""
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    q, k, v, rows, cells, modes, *lists, key_mask, scale, site, kinds, kernel = inputs
+    q, k, v, *tables = inputs[: 3 + TABLES]
+    rows, cells, modes, *lists, key_mask, scale, site, kinds, kernel = tables
+    before = inputs[3 + TABLES :]
+    norm = before_of(*before).norm_q
     # The tables may be edited before backward runs; what they said of this call may not change.
     modes_BH3 = resolve_modes(q.shape[0], rows, cells, modes, site)
-    if not kinds & INPUT_CELLS and _chosen(q, kinds, kernel) in SAVING:
-        q = k = v = None  # backward uses the FP8 tensors alone
-    ctx.save_for_backward(q, k, v, *output, modes_BH3, *lists, key_mask)
-    ctx.others = scale, kinds, kernel
+    if not kinds & INPUT_CELLS and _chosen(q, kinds, kernel) in PACKING:
+        v = None  # backward uses the FP8 tensors, and a norm what it was given
+        if norm is None:
+            q = k = None
+    ctx.save_for_backward(q, k, v, *output, modes_BH3, *lists, key_mask, *before[:TENSORS])
+    ctx.others, ctx.before = (scale, kinds, kernel), before[TENSORS:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    tables = (None,) * 16
+    tables, structure = (None,) * TABLES, (None,) * 7  # cos, sin and what is no tensor
     if dout is None:
-        return None, None, None, *tables
-    grads = torch.ops.fpsc.attention_backward(dout, *ctx.saved_tensors, *ctx.others)
-    return *grads, *tables
+        return None, None, None, *tables, *(None,) * 6, *structure
+    q, k, v, *saved = ctx.saved_tensors
+    before = before_of(*saved[-TENSORS:], *ctx.before)
+    seen_q, seen_k = q, k
+    if before and v is None:
+        seen_q = seen_k = None
+    elif before:
+        seen_q, seen_k = _seen(before, q, k, *ctx.others[1:])
+    dq, dk, dv = torch.ops.fpsc.attention_backward(
+        dout, seen_q, seen_k, v, *saved[:-TENSORS], *ctx.others
+    )
+    if not before:
+        return dq, dk, dv, *tables, *(None,) * 6, *structure
+    of_q = gradients(dq, q, before.norm_q, before.rotation)
+    of_k = gradients(dk, k, before.norm_k, before.rotation)
+    x = (g.x if y is None else g.x.to(y.dtype) for g, y in ((of_q, q), (of_k, k)))
+    return *x, dv, *tables, *of_q[1:], *of_k[1:], *structure
+
+
+def _seen(before: Before, q: Tensor, k: Tensor, kinds: int, kernel: str) -> tuple[Tensor, Tensor]:
+    """What the products of forward saw in place of q and k."""
+    with torch.autocast(q.device.type, enabled=False):
+        made = before.apply(q, k)
+    if _chosen(q, kinds, kernel) in PACKING:
+        return made[0].to(q.dtype), made[1].to(k.dtype)
+    return made
 
 
 _attention.register_autograd(_backward, setup_context=_save)

@@ -4,6 +4,9 @@ One head at a time, one query tile at a time. q, k, v are [N, D] in raster order
 j keys, d channels; u is the tile of i and w the tile of j. V(i) is the set of keys that i sees: the
 real rows of the key tiles in the list of u, less those that the key mask leaves out.
 
+A norm and a rotation in front of q and k, where they are a part of the call, come before all of
+this: `fpsc.kernels.before`.
+
 Every cell, first:  a NaN or an infinity in q, k or v becomes NaN. It then reaches exactly what
 visits it: a query row its own output, a key row the outputs of all queries that visit its tile, a
 value of V those outputs in its own channel. Only finite values take part in means and maxima.
@@ -77,6 +80,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fpsc.kernels.before import NOTHING_BEFORE, Before
 from fpsc.kernels.kinds import ALL_CELLS
 
 E4M3_MAX = 448.0
@@ -120,9 +124,11 @@ def forward(
     key_mask_BN: Tensor | None,
     scale: float,
     kinds: int = ALL_CELLS,
+    before: Before = NOTHING_BEFORE,
 ) -> tuple[Tensor, Tensor, None]:
-    """out [B, H, N, D] in q's dtype, [B, N, H, D]-contiguous, lse [B, H, N] float32, and nothing
+    """out [B, H, N, D] in v's dtype, [B, N, H, D]-contiguous, lse [B, H, N] float32, and nothing
     for backward, which computes its operands again. See the module's text."""
+    q_BHND, k_BGND = before.apply(q_BHND, k_BGND)
     B, H, N, D = q_BHND.shape
     out_BHND = torch.zeros(B, N, H, D, device=q_BHND.device).transpose(1, 2)
     lse_BHN = torch.full((B, H, N), -math.inf, device=q_BHND.device)
@@ -146,7 +152,7 @@ def forward(
             out_BHND[b, h, rows] = (p @ head.v_ND[keys]) / total
             lse = ((m + total.log2()) * math.log(2)).squeeze(1)
             lse_BHN[b, h, rows] = lse + head.shift_N[rows]
-    return out_BHND.to(q_BHND.dtype), lse_BHN, None
+    return out_BHND.to(v_BGND.dtype), lse_BHN, None
 
 
 def backward(

@@ -13,6 +13,10 @@ HEAD_DIMS = range(16, 257)
 KERNELS = ("cpu", "triton", "gluon", "hopper", "reference")
 """Names of the implementations; "auto" stands for the best one that serves a call."""
 
+PACKING = ("triton", "gluon", "hopper")
+"""Those that first pack their operands in tile order: norms and rotations in front cost them
+nothing more, and for fp8 cells they leave a `Saved`, with which backward needs no q, k and v."""
+
 TRITON_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 OLDEST_TRITON = (3, 6)

@@ -7,7 +7,7 @@ did before until `rewrite` makes use of it; what it makes no use of is erased ag
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from fpsc.passes.calls import AttentionCall
-from fpsc.passes.graph import example, shape
+from fpsc.passes.graph import example, memory_of, op_name, shape, writers_of, writes_into
 
 INSERTED = "fpsc_inserted"
 """Key in the meta of inserted nodes."""
@@ -142,6 +142,50 @@ def erase_with_sources(node: fx.Node) -> None:
         sources = list(current.all_input_nodes)
         current.graph.erase_node(current)
         queue += [s for s in sources if s not in queue]
+
+
+def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erase what these nodes were made from and nothing else reads, with what is only written
+    into it."""
+    queue = list(nodes)
+    found = set(queue)
+    for node in queue:
+        if node.op in ("call_function", "call_method"):
+            for other in (*node.all_input_nodes, *writers_of(node)):
+                if other not in found:
+                    found.add(other)
+                    queue.append(other)
+    for node in graph.nodes:
+        if op_name(node) == "type_as" and node.args[1] in found:
+            _name_dtype(node)
+    order = list(graph.nodes)
+    live = {n for n in order if n not in found or n.op not in ("call_function", "call_method")}
+    written = {n: memory_of(n.args[0]) for n in found if _writes(n)}  # type: ignore[arg-type]
+    before = -1
+    while before != len(live):
+        before = len(live)
+        memories = {memory_of(n) for n in live}
+        for node in reversed(order):
+            if node in live:
+                continue
+            if any(u in live for u in node.users) or written.get(node) in memories:
+                live.add(node)
+    for node in reversed(order):
+        if node not in live:
+            graph.erase_node(node)
+
+
+def _name_dtype(node: fx.Node) -> None:
+    """Make `x.type_as(y)` one that does not read y."""
+    x, y = node.args
+    value = example(y)
+    if isinstance(value, torch.Tensor):
+        node.target, node.args = "to", (x, value.dtype)
+
+
+def _writes(node: fx.Node) -> bool:
+    target = node.args[0] if node.args else None
+    return isinstance(target, fx.Node) and writes_into(node, target)
 
 
 def _mode_of(*values: Any) -> AbstractContextManager[Any]:

@@ -27,6 +27,8 @@ _VIEWS = frozenset(
         "select",
         "view",
         "reshape",
+        "split_with_sizes",
+        "tensor_split",
         "transpose",
         "permute",
         "unsqueeze",
@@ -138,6 +140,12 @@ def product(dims: Iterable[Dim]) -> Dim:
     return result
 
 
+def fixed(number: object) -> object:
+    """A number that dynamic shapes made an input of the graph, with a guard that it is this one."""
+    value = example(number)
+    return float(value) if isinstance(value, torch.SymFloat) else number
+
+
 def source_name(node: fx.Node) -> str:
     """Where Dynamo took a placeholder from, e.g. `L['kwargs']['timestep']`; "" when unknown."""
     source = getattr(node, "_dynamo_source", None)
@@ -208,6 +216,18 @@ def is_cat(node: object) -> bool:
 def argument(node: fx.Node, index: int, name: str, default: object = None) -> object:
     """An argument of a call, whether it was passed by position or by keyword."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """What a value may share its memory with: where the memory was made."""
+    while (
+        node.op in ("call_function", "call_method")
+        and node.args
+        and isinstance(node.args[0], fx.Node)
+        and (op_name(node) in _SHARES or writes_into(node, node.args[0]))
+    ):
+        node = node.args[0]
+    return node
 
 
 def writers_of(node: fx.Node) -> list[fx.Node]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import fx
 
 from fpsc.kernels.kinds import ALL_CELLS
 from fpsc.passes.attempt import attempt
+from fpsc.passes.before import Front, Fronts
 from fpsc.passes.calls import AttentionCall
 from fpsc.passes.graph import Program, example, module_path, product
 from fpsc.passes.infer_grid import Found, Hints, Unfit, infer_grid
@@ -175,6 +177,27 @@ def weights_of(analysis: Analysis) -> list[Weight | None]:
         layer_weight(analysis.program, c.call.query)
         for c in analysis.candidates
         if c.role in (Role.VIDEO, Role.JOINT) and c.call.query is not None
+    ]
+
+
+def read_fronts(analysis: Analysis, why_not: str = "", *, strict: bool = True) -> None:
+    """Find out of each target what of its norms and rotations the op can do.
+
+    Args:
+        why_not: why the op shall do none of it; "" where it shall.
+        strict: an error of ours is raised, else it is the reason why a target keeps them.
+    """
+    targets = analysis.targets
+    fronts = Fronts(analysis.program) if targets and not why_not else None
+
+    def read(target: Target) -> Front | str:
+        if fronts is None:
+            return why_not
+        look = partial(fronts.read, target.candidate.call)
+        return attempt(look, str, "what stands in front of this attention", strict=strict)
+
+    analysis.decisions = [
+        replace(d, front=read(d)) if isinstance(d, Target) else d for d in analysis.decisions
     ]
 
 

@@ -10,7 +10,7 @@ from torch import fx
 from fpsc.passes.attempt import attempt
 from fpsc.passes.calls import AttentionCall
 from fpsc.passes.edit import Sketch, copy_module, unsupported
-from fpsc.passes.graph import Program, argument, example, op_name, shape
+from fpsc.passes.graph import Program, argument, example, fixed, op_name, shape
 from fpsc.passes.libraries import is_library, read_library
 from fpsc.passes.linear_attention import read_linear
 from fpsc.passes.masks import keys_that_take_part
@@ -70,17 +70,11 @@ def _read(node: fx.Node) -> AttentionCall | None:
     return read_softmax(node) if is_softmax(node) else read_linear(node)
 
 
-def _fixed(number: object) -> object:
-    """A number that dynamic shapes made an input of the graph, with a guard that it is this one."""
-    value = example(number)
-    return float(value) if isinstance(value, torch.SymFloat) else number
-
-
 def _read_sdpa(node: fx.Node) -> AttentionCall:
     query, key, value = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
     scale = argument(node, 6, "scale") if "scale" not in node.kwargs else node.kwargs["scale"]
-    scale, dropout = _fixed(scale), _fixed(argument(node, 4, "dropout_p", 0.0))
+    scale, dropout = fixed(scale), fixed(argument(node, 4, "dropout_p", 0.0))
     unsupported = ""
     if any(not isinstance(x, float | int) for x in (dropout, scale if scale is not None else 0.0)):
         unsupported = "dropout_p or scale is computed by the graph; pass them as numbers"

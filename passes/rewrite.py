@@ -8,7 +8,7 @@ inside them. The lists of a span whose length only the running graph knows are l
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -20,8 +20,10 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 import fpsc.kernels.ops
 import fpsc.kernels.rows
 import fpsc.kernels.spans  # noqa: F401  they register the ops that are inserted here
+from fpsc.kernels.before import ACROSS, INTERLEAVED
 from fpsc.kernels.kinds import ALL_CELLS
-from fpsc.passes.edit import erase_unused, erase_with_sources
+from fpsc.passes.before import Front, Source, TableUse
+from fpsc.passes.edit import Sketch, erase_dead, erase_unused, erase_with_sources
 from fpsc.passes.graph import Body, Dim, Program, dim, example, same
 from fpsc.passes.infer_grid import Found
 from fpsc.passes.match import Candidate
@@ -35,14 +37,20 @@ PLAN = (
 """Inputs of the op that a span of video decides, in its order."""
 PREFIX = "fpsc_"
 
+STATISTIC_IN_GRAPH = True
+"""For measurements: the statistic of a norm across heads is computed by nodes of the graph, which
+Inductor compiles, instead of by the op's own kernel."""
+
 
 @dataclass(frozen=True)
 class Target:
-    """A site to be replaced: what it is, where its video is, which weight names its layer."""
+    """A site to be replaced: what it is, where its video is, which weight names its layer, and what
+    the op does of what is in front of it, or why nothing."""
 
     candidate: Candidate
     found: Found
     weight: Weight | None
+    front: Front | str = "not looked at"
 
 
 @dataclass
@@ -138,6 +146,8 @@ class _Writer:
                 )
                 values["rows"].meta["example_value"] = _rows_example(timestep)
         children: dict[str, fx.GraphModule] = {}
+        tables: dict[Any, fx.Node] = {}
+        replaced: list[fx.Node] = []
         plans: dict[int, list[fx.Node]] = {}
         for original, node in copied.items():
             if original in self.targets:
@@ -145,7 +155,11 @@ class _Writer:
                 if span not in plans:
                     with graph.inserting_before(node):
                         plans[span] = self._plan(graph, span, original, values, copied)
-                copied[original] = self._replace(graph, node, original, values, plans[span], copied)
+                if isinstance(self.targets[original][1].front, Front):
+                    replaced += node_arguments(node)[:2]
+                copied[original] = self._replace(
+                    graph, node, original, values, plans[span], copied, tables
+                )
         for _, target in self.targets.values():
             written = target.candidate.call
             if written.restored in copied:
@@ -161,6 +175,7 @@ class _Writer:
         if timestep is not None:
             result = (*_as_tuple(result), values["rows"])
         graph.output(result)
+        erase_dead(graph, replaced)
         erase_unused(graph)
         module = fx.GraphModule(body.module, graph)
         module.meta = body.module.meta
@@ -182,6 +197,7 @@ class _Writer:
         values: dict[str, fx.Node],
         plan: list[fx.Node],
         copied: dict[fx.Node, fx.Node],
+        tables: dict[Any, fx.Node],
     ) -> fx.Node:
         site, target = self.targets[original]
         call = target.candidate.call
@@ -189,6 +205,9 @@ class _Writer:
         out_example = example(original)
         assert isinstance(out_example, torch.Tensor)
         scale = call.scale if call.scale is not None else _default_scale(out_example)
+        named: dict[str, Any] = {}
+        if isinstance(target.front, Front):
+            query, key, named = self._front(node, original, target.front, copied, tables)
         with graph.inserting_before(node):
             mask = None
             if target.candidate.key_mask is not None:
@@ -208,6 +227,7 @@ class _Writer:
                     site,
                     *self.structure,
                 ),
+                named,
             )
             out = graph.call_function(operator.getitem, (both, 0))
             both.meta.update(_site_meta(original), example_value=(out_example, out_example[..., 0]))
@@ -235,18 +255,68 @@ class _Writer:
         span = self.spans[index]
         if not span.in_graph:
             return [values[f"{name}.{index}"] for name in PLAN]
-        readable = self.sizes.readable(self.program.body_of[original], original)
-        prefix, suffix = (
-            _computed(graph, size, {s: (copied[n], a) for s, (n, a) in readable.items()})
-            for size in (span.prefix, span.suffix)
-        )
-        query, *_ = node_arguments(copied[original])
-        value = example(self.targets[original][1].candidate.call.query)
-        assert isinstance(value, torch.Tensor)
-        tokens = graph.call_function(torch.ops.aten.sym_size.int, (query, 2))
-        given = (values[f"span.{index}"], prefix, suffix, tokens, value.device)
+        prefix, suffix = self._sizes(graph, (span.prefix, span.suffix), original, copied)
+        *_, value = node_arguments(copied[original])
+        query = example(self.targets[original][1].candidate.call.query)
+        assert isinstance(query, torch.Tensor)
+        tokens = graph.call_function(torch.ops.aten.sym_size.int, (value, 2))
+        given = (values[f"span.{index}"], prefix, suffix, tokens, query.device)
         lists = graph.call_function(torch.ops.fpsc.plan.default, given)
         return [graph.call_function(operator.getitem, (lists, i)) for i in range(len(PLAN))]
+
+    def _sizes(
+        self,
+        graph: fx.Graph,
+        sizes: tuple[Dim, ...],
+        original: fx.Node,
+        copied: dict[fx.Node, fx.Node],
+    ) -> list[int | fx.Node]:
+        """Sizes as the running graph knows them, ahead of a site."""
+        if all(isinstance(size, int) for size in sizes):
+            return list(sizes)  # type: ignore[arg-type]
+        readable = self.sizes.readable(self.program.body_of[original], original)
+        known = {s: (copied[n], a) for s, (n, a) in readable.items()}
+        return [_computed(graph, size, known) for size in sizes]
+
+    def _front(
+        self,
+        node: fx.Node,
+        original: fx.Node,
+        front: Front,
+        copied: dict[fx.Node, fx.Node],
+        tables: dict[Any, fx.Node],
+    ) -> tuple[fx.Node, fx.Node, dict[str, Any]]:
+        """Queries and keys as the op gets them, and its arguments for what is done to them.
+
+        tables: those of this graph so far, which sites share.
+        """
+        sketch, named = Sketch(node), dict[str, Any]()
+        sides = []
+        for letter, sources, heads in zip("qk", (front.query, front.key), front.heads, strict=True):
+            joined = _joined(sketch, sources, copied)
+            sides.append(_laid_out(sketch, joined, sources[0].order, heads, front.head_dim))
+            for name in ("weight", "bias"):
+                given = [getattr(source, name) for source in sources]
+                if all(given):
+                    rows = [copied[g] for g in given]
+                    one = rows[0] if len(rows) == 1 else sketch.call(torch.stack, rows)
+                    named[f"{letter}_{name}"] = one
+            if front.norm == ACROSS and STATISTIC_IN_GRAPH and sources[0].order == "bnc":
+                named[f"{letter}_rstd"] = _statistic(sketch, joined, front.epsilon)
+        named |= {"norm": front.norm, "epsilon": front.epsilon} if front.norm != "none" else {}
+        with node.graph.inserting_before(node):
+            sizes = (front.query[0].length, front.start)
+            split, start = self._sizes(node.graph, sizes, original, copied)
+        if len(front.query) > 1 and "q_weight" in named:
+            named["split"] = split
+        if front.cos is not None and front.sin is not None:
+            named |= {"rotation": front.rotation, "start": start}
+            for name, use in (("cos", front.cos), ("sin", front.sin)):
+                key = replace(use, node=self.sizes.value_of(use.node)), front.rotation
+                if key not in tables:
+                    tables[key] = _table(sketch, use, front, copied)
+                named[name] = tables[key]
+        return sides[0], sides[1], named
 
     def _rows(self, graph: fx.Graph, candidate: Candidate, rows: fx.Node) -> fx.Node:
         """The rows of the batch elements that an attention is for."""
@@ -270,6 +340,60 @@ def _computed(
         symbols[symbol] = fx.Proxy(node, tracer)
     found = sympy_interp(PythonReferenceAnalysis, symbols, size)
     return found.node if isinstance(found, fx.Proxy) else int(found)
+
+
+def _joined(sketch: Sketch, sources: tuple[Source, ...], copied: dict[fx.Node, fx.Node]) -> fx.Node:
+    """All tokens of queries or keys, as their projections lay them out."""
+    parts = [copied[source.x] for source in sources]
+    if len(parts) == 1:
+        return parts[0]
+    return sketch.call(torch.cat, parts, dim=sources[0].order.index("n"))
+
+
+def _laid_out(sketch: Sketch, x: fx.Node, order: str, heads: int, head_dim: int) -> fx.Node:
+    """[B, H, N, D]"""
+    if "c" in order:
+        x = sketch.call("unflatten", x, order.index("c"), (heads, head_dim))
+        order = order.replace("c", "hd")
+    return x if order == "bhnd" else sketch.call("permute", x, *map(order.index, "bhnd"))
+
+
+def _statistic(sketch: Sketch, x: fx.Node, epsilon: float) -> fx.Node:
+    """1 / sqrt(mean(x^2) + epsilon) of every token, float32 [B, N]."""
+    square = sketch.call(torch.square, sketch.call("float", x))
+    mean = sketch.call(torch.mean, square, dim=-1)
+    return sketch.call(torch.rsqrt, sketch.call(operator.add, mean, epsilon))
+
+
+def _table(sketch: Sketch, use: TableUse, front: Front, copied: dict[fx.Node, fx.Node]) -> fx.Node:
+    """cos or sin as the op takes it, channels side by side."""
+    table = copied[use.node]
+    if use.of:
+        table = sketch.call(getattr(torch, use.of), table)
+    for axis in reversed(range(len(use.dims))):
+        if use.dims[axis] == "":
+            table = sketch.call("squeeze", table, axis)
+        elif use.dims[axis] == "hd":
+            table = sketch.call("unflatten", table, axis, (front.heads[0], -1))
+    letters = "".join(use.dims)
+    order = [letters.index(letter) for letter in "bhnd" if letter in letters]
+    if order != sorted(order):
+        table = sketch.call("permute", table, *order)
+    for axis, letter in enumerate("bhnd"):
+        if letter not in letters:
+            table = sketch.call("unsqueeze", table, axis)
+    if use.every:
+        every = (
+            slice(None, None, 2) if front.rotation == INTERLEAVED else slice(front.head_dim // 2)
+        )
+        table = sketch.item(table, (Ellipsis, every))
+    if use.negative:
+        table = sketch.call(torch.neg, table)
+    value = example(table)
+    assert isinstance(value, torch.Tensor)
+    if value.dtype == torch.float64:
+        table = sketch.call("float", table)
+    return sketch.call("contiguous", table)
 
 
 def node_arguments(node: fx.Node) -> list[fx.Node]:

@@ -22,9 +22,17 @@ _PURE = frozenset([
     "getitem", "select", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze",
     "expand", "permute", "transpose", "t", "contiguous", "to", "bool", "int", "long", "invert",
     "logical_not", "logical_and", "logical_or", "and_", "or_", "not_", "eq", "ne", "sum", "add",
-    "sub", "neg", "cat", "ones", "zeros", "new_ones", "new_zeros", "nonzero", "item",
+    "sub", "neg", "cat", "ones", "zeros", "new_ones", "new_zeros", "nonzero", "item", "chunk",
+    "split", "split_with_sizes", "unbind", "float", "double", "half", "bfloat16", "type_as", "type",
+    "real", "imag", "view_as_complex", "view_as_real", "meshgrid",
 ])  # fmt: skip
-"""Calls that give the same for the same arguments."""
+"""Calls that give the same for the same arguments; some give a view of one."""
+
+_COMPUTED = _PURE | frozenset([
+    "cos", "sin", "arange", "linspace", "outer", "pow", "mul", "truediv", "div", "polar", "stack",
+    "repeat", "repeat_interleave", "ones_like", "zeros_like", "embedding",
+])  # fmt: skip
+"""With what tables of positions are made of."""
 
 
 class Sizes:
@@ -65,6 +73,10 @@ class Sizes:
     def same(self, a: Dim, b: Dim) -> bool:
         """Whether two sizes are equal for every input."""
         return same(self.of(a), self.of(b))
+
+    def value_of(self, node: fx.Node) -> fx.Node:
+        """The first node that is known to have the value of this one."""
+        return self._number(node)
 
     def readable(self, body: Body, before: fx.Node) -> dict[sympy.Symbol, tuple[fx.Node, int]]:
         """What tells each symbol inside one body, ahead of a node: a tensor, and its axis.
@@ -147,7 +159,7 @@ class Sizes:
     def _number_of(self, node: fx.Node) -> fx.Node:
         """The first node that has the value of this one."""
         node = self.program.root_of(node)
-        if op_name(node) not in _PURE or node.op == "placeholder" or self._is_written(node):
+        if op_name(node) not in _COMPUTED or node.op == "placeholder" or self._is_written(node):
             return node
         key = (
             str(node.target),
@@ -175,7 +187,7 @@ class Sizes:
         node = self.program.root_of(node)
         if node in self._written:
             return True
-        return op_name(node) in _PURE and any(map(self._is_written, node.all_input_nodes))
+        return op_name(node) in _COMPUTED and any(map(self._is_written, node.all_input_nodes))
 
 
 def _written(program: Program) -> set[fx.Node]:

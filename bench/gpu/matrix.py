@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench.gpu.problem import attend, distance, is_fp8, on, rounded, same_bits
 from bench.gpu.run import Case, Record, Setup
+from fpsc.kernels.before import ACROSS, HALF_SPLIT, INTERLEAVED, LAYER, RMS
 from tests.kernels.cases import (
     DENSE,
     DENSE_FP8,
@@ -43,6 +44,9 @@ SHARED = ((NEAR_FP8, NEAR_FP8_BOX, WINDOW_FP8_HEAD, NEAR_FP8_BOX),) * 2
 KINDS: dict[tuple[tuple[int, ...], ...], int] = {ALL_INPUT: 1, ALL_FP8: 2, SHARED: 2}
 SCALE = 0.2
 
+Front = Callable[[Tables, int], dict[str, Any]]
+"""The op's arguments for what it does in front of q and k, for four heads of some channels."""
+
 Spoil = Callable[[list[Tensor], Tables], None]
 
 
@@ -60,6 +64,7 @@ class Given:
     prefix: int = 0
     suffix: int = 0
     masked: float = 0.0
+    front: Front | None = None
     spoil: Spoil | None = None
 
 
@@ -78,6 +83,32 @@ def not_finite(x: list[Tensor], t: Tables) -> None:
     nan, inf = float("nan"), float("inf")
     for one, tile, value in zip(x, (0, 2, 3), (nan, inf, nan), strict=True):
         one[0, 0, int(t.gather[tile, 1]), 5] = value
+
+
+def across_heads(t: Tables, dim: int) -> dict[str, Any]:
+    """As Wan has it; the statistic is computed by the op."""
+    angle = torch.rand(1, 1, t.tokens, dim // 2) * 6.3
+    weights = {f"{side}_weight": torch.rand(4 * dim) + 0.5 for side in "qk"}
+    tables = {"cos": angle.cos(), "sin": angle.sin(), "rotation": INTERLEAVED}
+    return {"norm": ACROSS, **weights, **tables}
+
+
+def two_parts(t: Tables, dim: int) -> dict[str, Any]:
+    """As HunyuanVideo has it: text behind the video, with norms of its own and not rotated."""
+    video = t.tokens - 5
+    angle = torch.rand(1, 1, video, dim // 2) * 6.3
+    weights = {f"{side}_weight": torch.rand(2, dim) + 0.5 for side in "qk"}
+    tables = {"cos": angle.cos(), "sin": angle.sin(), "rotation": HALF_SPLIT}
+    return {"norm": RMS, "split": video, **weights, **tables}
+
+
+def layer_norms(t: Tables, dim: int) -> dict[str, Any]:
+    """As CogVideoX has it: text before the video; tables of each head and channel."""
+    angle = torch.rand(2, 4, t.tokens - 3, dim) * 6.3
+    weights = {f"{side}_weight": torch.rand(dim) + 0.5 for side in "qk"}
+    biases = {f"{side}_bias": torch.randn(dim) for side in "qk"}
+    tables = {"cos": angle.cos(), "sin": angle.sin(), "rotation": INTERLEAVED, "start": 3}
+    return {"norm": LAYER, **weights, **biases, **tables}
 
 
 HALF = torch.float16
@@ -101,6 +132,15 @@ CASES = (
     Given("outliers and tiles of zeros", spoil=outliers),
     Given("values that are not finite", spoil=not_finite),
     Given("more tiles than a device takes at once", (13, 18, 28), (4, 4, 8), prefix=3),
+    # What the op does in front of q and k.
+    Given("norm across heads, rotated pairs", front=across_heads),
+    Given("norm across heads, fp8 alone", heads=ALL_FP8, front=across_heads),
+    Given("norms of two parts, rotated halves", suffix=5, masked=0.3, front=two_parts),
+    Given("layer norms, rotated pairs", prefix=3, heads=SHARED, front=layer_norms),
+    Given("layer norms, heads of 72", dim=72, prefix=3, front=layer_norms),
+    Given(
+        "norms of two parts, float16, heads of 64", dtype=HALF, dim=64, suffix=5, front=two_parts
+    ),
     # Other head dims of video models, other dtypes, then what is padded.
     Given("heads of 64", dim=64, prefix=3, masked=0.3),
     Given("heads of 64, fp8 alone", heads=ALL_FP8, dim=64),
@@ -118,6 +158,7 @@ SMOKE = (
     Given("both kinds of cell, text before", dim=16, prefix=3),
     Given("groups of tiles share scales", heads=SHARED, dim=16),
     Given("values that are not finite", dim=16, spoil=not_finite),
+    Given("layer norms, rotated pairs", dim=16, prefix=3, front=layer_norms),
 )
 
 
@@ -177,19 +218,25 @@ def check(given: Given, setup: Setup, kernel: str) -> Record:
     mask = torch.rand(B, N) >= given.masked if given.masked else None
     dout = torch.randn(x[0].shape).to(given.dtype)
     options: dict[str, Any] = {"kinds": KINDS.get(given.heads, 3), "scale": SCALE}
+    front = given.front(t, given.dim) if given.front else {}
     expected = forward_backward(
-        x, dout, lambda q, k, v: attend(q, k, v, t, key_mask=mask, kernel="reference", **options)
+        x,
+        dout,
+        lambda q, k, v: attend(q, k, v, t, key_mask=mask, kernel="reference", **options, **front),
     )
 
     there, device = on(t, setup.device), setup.device
     mask_there = None if mask is None else mask.to(device)
+    front_there = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in front.items()}
     x_there, dout_there = [strided_copy(one, device) for one in x], dout.to(device)
 
     def run() -> list[Tensor]:
         return forward_backward(
             x_there,
             dout_there,
-            lambda q, k, v: attend(q, k, v, there, key_mask=mask_there, kernel=kernel, **options),
+            lambda q, k, v: attend(
+                q, k, v, there, key_mask=mask_there, kernel=kernel, **options, **front_there
+            ),
         )
 
     repeats = 3 if setup.smoke else REPEATS

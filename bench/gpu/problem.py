@@ -61,12 +61,20 @@ class Op:
         self.kinds = 2 if dtype == "fp8" else 1
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, kernel: str, heads: slice = slice(None)
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        kernel: str,
+        heads: slice = slice(None),
+        **before: Any,
     ) -> tuple[Tensor, Tensor]:
-        """out and lse. heads: of the model, those that q, k and v hold."""
+        """out and lse. heads: of the model, those that q, k and v hold. before: what the op does in
+        front of all else."""
         tables: dict[str, Any] = dict(self.tables)
         tables["cells"] = tables["cells"][:, :, heads].contiguous()
-        return ops.attention(q, k, v, **tables, kinds=self.kinds, kernel=kernel)
+        return ops.attention(q, k, v, **tables, kinds=self.kinds, kernel=kernel, **before)
 
     @property
     def visited(self) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
+from bench.gpu import front
 from bench.gpu.contenders import (
     PACKAGES,
     SDPA,
@@ -55,8 +56,16 @@ def cases(setup: Setup) -> Iterator[Case]:
         return partial(measure, setup, shape, keeps, backward=True, **others)
 
     everything = (*SDPA, *PACKAGES)
+    in_front = [
+        (
+            f"norm and rotation in front, keep {keep:g}: {WAN_14B}",
+            partial(front.measure, setup, WAN_14B, keep, SECONDS),
+        )
+        for keep in (1.0, 0.125)
+    ]
     yield f"headline forward: {WAN_14B}", forward(WAN_14B, HEADLINE, dense=FAST)
     yield f"headline backward: {WAN_14B}", backward(WAN_14B, HEADLINE, dense=FAST)
+    yield from in_front
     yield f"forward: {WAN_14B}", forward(WAN_14B, KEEPS, dense=everything, input_dtype=True)
     for shape in OTHERS:
         yield f"forward: {shape}", forward(shape, KEEPS, dense=everything)

@@ -16,6 +16,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from fpsc.kernels.before import NOTHING_BEFORE, Before
 from fpsc.kernels.kinds import FP8_CELLS, INPUT_CELLS
 from fpsc.kernels.saved import Saved, new_saved, padded_head_dim
 from fpsc.kernels.triton import backward as backward_kernels
@@ -24,8 +25,6 @@ from fpsc.kernels.triton import forward as forward_kernels
 from fpsc.kernels.triton.configs import Config
 from fpsc.kernels.triton.launch import launch
 from fpsc.kernels.triton.prologue import (
-    NOTHING_BEFORE,
-    Before,
     Call,
     Lists,
     Tiles,
@@ -33,6 +32,7 @@ from fpsc.kernels.triton.prologue import (
     keys_of,
     lists_of,
     quantise,
+    ready,
 )
 
 
@@ -186,6 +186,7 @@ def _call(
 ) -> Call:
     """The inputs as the kernels want them."""
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
+    before = ready(before, q, k)
     return Call(q, k, v, modes.contiguous(), gather, valid, key_mask, scale, before)
 
 

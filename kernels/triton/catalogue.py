@@ -29,8 +29,8 @@ FLOAT32 = {
 }  # fmt: skip
 NUMBERS = {"scale", "softmax_scale", "epsilon"}
 NOTHING_BEFORE = {
-    "rstd_ptr": None, "weight_ptr": None, "cos_ptr": None, "sin_ptr": None,
-    "NORM": 0, "ROTATION": 0, "NORM_STRIDE": 0,
+    "rstd_ptr": None, "weight_ptr": None, "bias_ptr": None, "cos_ptr": None, "sin_ptr": None,
+    "NORM": 0, "ROTATION": 0, "NORM_STRIDE": 0, "WEIGHTS": 1, "WIDE": False,
 }  # fmt: skip
 
 
@@ -133,8 +133,9 @@ def _prologue(capability: int, element: str = "bf16", dp: int = 128) -> Iterator
     fp8 = capability in FP8_CAPABILITIES
     sizes = {"D": dp, "DP": dp, "BLOCK": BLOCK}
     turned = {
-        "rstd_ptr": "*fp32:16", "weight_ptr": f"*{element}:16", "cos_ptr": "*fp32:16",
-        "sin_ptr": "*fp32:16", "NORM": 2, "ROTATION": 1, "NORM_STRIDE": dp,
+        "rstd_ptr": "*fp32:16", "weight_ptr": f"*{element}:16", "bias_ptr": None,
+        "cos_ptr": "*fp32:16", "sin_ptr": "*fp32:16", "NORM": 2, "ROTATION": 1, "NORM_STRIDE": dp,
+        "WEIGHTS": 1, "WIDE": False,
     }  # fmt: skip
     kinds = (False, True) if fp8 else (False,)
     plain: dict[str, Any] = {
@@ -159,6 +160,11 @@ def _prologue(capability: int, element: str = "bf16", dp: int = 128) -> Iterator
                     kernel=pack.pack_tiles, signature=signature,
                     **plain | {"options": {"num_warps": pack_warps(dp, rotated=bool(suffix))}},
                 )  # fmt: skip
+    signature = _signature(pack.token_statistics, element, D=dp, DP=dp, ROWS=32)
+    yield Variant(
+        name=f"token-statistics-{element}-{dp}", kernel=pack.token_statistics, signature=signature,
+        **plain,
+    )  # fmt: skip
     signature = _signature(pack.compact_keys, element, BLOCK=BLOCK)
     yield Variant(name="compact-keys", kernel=pack.compact_keys, signature=signature, **plain)
     signature = _signature(pack.compact_lists, element, WIDTH=128)

@@ -9,13 +9,13 @@ In tile order a tile is BLOCK rows of DP channels, DP a power of two; channels b
 Rows beyond the tile's length are zero in Q and V, and in K copies of the first key
 (`fpsc.kernels.triton.forward` says why).
 
-Before anything else a row may be scaled as RMSNorm does, and rotated as rotary embeddings do:
+Before anything else a row may be normalised and rotated: `fpsc.kernels.before` has the formulas.
+What is not compiled in there is passed as
 
-    norm      y_d = x_d * r * w_d         r: a row's own statistic (per head), or given (any heads)
-    rotation  y_a = x_a * cos - x_b * sin, y_b = x_a * sin + x_b * cos
-
-with pairs (a, b) = (2 i, 2 i + 1), or (i, i + D / 2) where HALF_SPLIT; cos and sin hold one value a
-pair.
+    rstd              float32 [B, N], where NORM is GIVEN: `token_statistics` finds it
+    weight, bias      [WEIGHTS, C], C = stride_weight; the second row is for tokens from `split`
+    cos, sin          [B, heads, length, D or where not WIDE D / 2], strides zero where shared; the
+                      first row is that of token `first`
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ V = tl.constexpr(2)
 NONE = tl.constexpr(0)
 PER_HEAD = tl.constexpr(1)  # the statistic is that of the row's own D channels
 GIVEN = tl.constexpr(2)  # the statistic of every token is an input
+LAYER = tl.constexpr(3)  # as PER_HEAD, less the mean
 INTERLEAVED = tl.constexpr(1)
 HALF_SPLIT = tl.constexpr(2)
 
@@ -83,10 +84,30 @@ def channel_of(column, D: tl.constexpr, DP: tl.constexpr, ROTATION: tl.constexpr
 
 
 @triton.jit
+def load_channels(ptr, d, position, split, stride, D: tl.constexpr, WEIGHTS: tl.constexpr):
+    """float32 [ROWS or 1, DP] of a weight or a bias."""
+    found = tl.load(ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if WEIGHTS == 2:
+        second = tl.load(ptr + stride + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        found = tl.where((position >= split)[:, None], second, found)
+    return found
+
+
+@triton.jit
+def pairs_of(x, ROWS: tl.constexpr, DP: tl.constexpr, ROTATION: tl.constexpr):
+    """Both channels of every pair, [ROWS, DP / 2] each; columns as `channel_of` has them."""
+    if ROTATION == INTERLEAVED:
+        return tl.split(tl.reshape(x, [ROWS, DP // 2, 2]))
+    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, DP // 2]), [0, 2, 1]))
+
+
+@triton.jit
 def load_rows(
-    x_ptr, stride_n, position, real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
+    x_ptr, stride_n, position, real,
+    rstd_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, epsilon, stride_weight, split,
+    stride_table, first, length,
     ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr,
-    ROTATION: tl.constexpr,
+    ROTATION: tl.constexpr, WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """float32 [ROWS, DP] of the tokens at `position`, zero where not `real`; see `channel_of`."""
     column = tl.arange(0, DP)
@@ -94,28 +115,59 @@ def load_rows(
     mask = real[:, None] & (d < D)[None, :]
     at = position[:, None] * stride_n + d[None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if NORM == PER_HEAD:
+    if NORM == LAYER:
+        x = tl.where(mask, x - (tl.sum(x, 1) / D)[:, None], 0.0)
+    if (NORM == PER_HEAD) | (NORM == LAYER):
         x *= tl.rsqrt(tl.sum(x * x, 1) / D + epsilon)[:, None]
     if NORM == GIVEN:
         x *= tl.load(rstd_ptr + position, mask=real, other=0.0)[:, None]
     if NORM != NONE and weight_ptr is not None:
-        x *= tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        x *= load_channels(weight_ptr, d, position, split, stride_weight, D, WEIGHTS)
+    if NORM != NONE and bias_ptr is not None:
+        bias = load_channels(bias_ptr, d, position, split, stride_weight, D, WEIGHTS)
+        x = tl.where(mask, x + bias, 0.0)
     if ROTATION != NONE:
-        pair = tl.arange(0, DP // 2)
-        inside = real[:, None] & (pair < D // 2)[None, :]
-        angle = position[:, None] * (D // 2) + pair[None, :]
+        row = position - first
+        turned = real & (row >= 0) & (row < length)
+        if WIDE:
+            inside = turned[:, None] & (d < D)[None, :]
+            angle = row[:, None] * stride_table + d[None, :]
+        else:
+            pair = tl.arange(0, DP // 2)
+            inside = turned[:, None] & (pair < D // 2)[None, :]
+            angle = row[:, None] * stride_table + pair[None, :]
         cos = tl.load(cos_ptr + angle, mask=inside, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
-        if ROTATION == INTERLEAVED:
-            first, second = tl.split(tl.reshape(x, [ROWS, DP // 2, 2]))
+        a, b = pairs_of(x, ROWS, DP, ROTATION)
+        if WIDE:
+            cos_a, cos_b = pairs_of(cos, ROWS, DP, ROTATION)
+            sin_a, sin_b = pairs_of(sin, ROWS, DP, ROTATION)
+            both = tl.join(a * cos_a - b * sin_a, b * cos_b + a * sin_b)
         else:
-            halves = tl.reshape(x, [ROWS, 2, DP // 2])
-            first, second = tl.split(tl.permute(halves, [0, 2, 1]))
-        both = tl.join(first * cos - second * sin, first * sin + second * cos)
+            both = tl.join(a * cos - b * sin, a * sin + b * cos)
         if ROTATION == HALF_SPLIT:
             both = tl.permute(both, [0, 2, 1])
         x = tl.reshape(both, [ROWS, DP])
     return finite_or_nan(x)
+
+
+@triton.jit
+def token_statistics(
+    x_ptr, rstd_ptr, x_b, x_h, x_n, epsilon, HEADS, N,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """1 / sqrt(mean(x^2) + epsilon) over all channels of all heads, float32 [B, N]."""
+    b = tl.program_id(1)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, DP)
+    x_ptr += b.to(tl.int64) * x_b
+    at = n.to(tl.int64)[:, None] * x_n + d[None, :]
+    mask = (n < N)[:, None] & (d < D)[None, :]
+    total = tl.zeros([ROWS], tl.float32)
+    for head in range(HEADS):
+        x = tl.load(x_ptr + head * x_h + at, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(x * x, 1)
+    tl.store(rstd_ptr + b * N + n, tl.rsqrt(total / (HEADS * D) + epsilon), mask=n < N)
 
 
 @triton.jit
@@ -188,10 +240,12 @@ def compact_lists(
 def statistics(
     k_ptr, v_ptr, mask_ptr, modes_ptr, partial_ptr,
     k_b, k_h, k_n, v_b, v_h, v_n, stride_mask,
-    rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
+    rstd_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, epsilon, stride_weight, split,
+    stride_table_b, stride_table_h, stride_table, first, length,
     H, G, N, CHUNK,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-    NORM: tl.constexpr, ROTATION: tl.constexpr, NORM_STRIDE: tl.constexpr,
+    NORM: tl.constexpr, ROTATION: tl.constexpr, NORM_STRIDE: tl.constexpr, WEIGHTS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Of one stretch of CHUNK tokens: sum of the finite rows of K, their number, largest |V|.
 
@@ -206,6 +260,12 @@ def statistics(
             rstd_ptr += b * N
         if weight_ptr is not None:
             weight_ptr += g * NORM_STRIDE
+        if bias_ptr is not None:
+            bias_ptr += g * NORM_STRIDE
+        if ROTATION != NONE:
+            table = b.to(tl.int64) * stride_table_b + g.to(tl.int64) * stride_table_h
+            cos_ptr += table
+            sin_ptr += table
         total = tl.zeros([DP], tl.float32)
         count = tl.zeros([DP], tl.float32)
         largest = tl.zeros([DP], tl.float32)
@@ -217,13 +277,18 @@ def statistics(
                 mask = tl.load(mask_ptr + b.to(tl.int64) * stride_mask + n, mask=real, other=0)
                 real = real & (mask != 0)
             k = load_rows(
-                k_ptr, k_n, n, real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
-                ROWS, D, DP, NORM, ROTATION,
+                k_ptr, k_n, n, real,
+                rstd_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, epsilon, stride_weight, split,
+                stride_table, first, length,
+                ROWS, D, DP, NORM, ROTATION, WEIGHTS, WIDE,
             )  # fmt: skip
             finite = real & (tl.max((k != k).to(tl.int32), 1) == 0)
             total += tl.sum(tl.where(finite[:, None], k, 0.0), 0)
             count += tl.sum(finite.to(tl.float32), 0)
-            v = load_rows(v_ptr, v_n, n, real, None, None, None, None, 0.0, ROWS, D, DP, NONE, NONE)
+            v = load_rows(
+                v_ptr, v_n, n, real, None, None, None, None, None, 0.0, 0, 0, 0, 0, 0,
+                ROWS, D, DP, NONE, NONE, 1, False,
+            )  # fmt: skip
             largest = tl.maximum(largest, tl.max(magnitude(v), 0))
         d = channel_of(tl.arange(0, DP), D, DP, ROTATION)
         v_d = tl.arange(0, DP)
@@ -261,10 +326,12 @@ def finish_statistics(
 def group_maxima(
     x_ptr, mean_ptr, modes_ptr, groups_ptr, gather_ptr, count_ptr, largest_ptr,
     x_b, x_h, x_n, stride_gather, stride_count,
-    rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
+    rstd_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, epsilon, stride_weight, split,
+    stride_table_b, stride_table_h, stride_table, first, length,
     H, G, N, TILES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr,
-    NORM: tl.constexpr, ROTATION: tl.constexpr, NORM_STRIDE: tl.constexpr,
+    NORM: tl.constexpr, ROTATION: tl.constexpr, NORM_STRIDE: tl.constexpr, WEIGHTS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Largest |q|, or |k - mean|, of every group of tiles that share a scale.
 
@@ -283,6 +350,12 @@ def group_maxima(
             rstd_ptr += b * N
         if weight_ptr is not None:
             weight_ptr += head * NORM_STRIDE
+        if bias_ptr is not None:
+            bias_ptr += head * NORM_STRIDE
+        if ROTATION != NONE:
+            table = b.to(tl.int64) * stride_table_b + head.to(tl.int64) * stride_table_h
+            cos_ptr += table
+            sin_ptr += table
         rows = tl.arange(0, BLOCK)
         for tile in range(tl.program_id(0), TILES, tl.num_programs(0)):
             real = rows < tl.load(count_ptr + b * stride_count + tile)
@@ -290,8 +363,10 @@ def group_maxima(
             position = tl.load(at, mask=real, other=0)
             real = real & (position >= 0) & (position < N)
             x = load_rows(
-                x_ptr, x_n, position.to(tl.int64), real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr,
-                epsilon, BLOCK, D, DP, NORM, ROTATION,
+                x_ptr, x_n, position.to(tl.int64), real,
+                rstd_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, epsilon, stride_weight, split,
+                stride_table, first, length,
+                BLOCK, D, DP, NORM, ROTATION, WEIGHTS, WIDE,
             )  # fmt: skip
             if OPERAND == K:
                 d = channel_of(tl.arange(0, DP), D, DP, ROTATION)
@@ -307,11 +382,13 @@ def pack_tiles(
     x_ptr, y_ptr, scale_ptr, meta_ptr, mean_ptr, v_scale_ptr, shift_ptr,
     modes_ptr, groups_ptr, largest_ptr, gather_ptr, count_ptr,
     x_b, x_h, x_n, stride_gather, stride_count,
-    rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
+    rstd_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, epsilon, stride_weight, split,
+    stride_table_b, stride_table_h, stride_table, first, length,
     softmax_scale, H, G, N, TILES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr,
     FP8: tl.constexpr, PERMUTED: tl.constexpr,
-    NORM: tl.constexpr, ROTATION: tl.constexpr, NORM_STRIDE: tl.constexpr,
+    NORM: tl.constexpr, ROTATION: tl.constexpr, NORM_STRIDE: tl.constexpr, WEIGHTS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one head of Q, K or V, for cells of one kind.
 
@@ -344,9 +421,17 @@ def pack_tiles(
             rstd_ptr += b * N
         if weight_ptr is not None:
             weight_ptr += head * NORM_STRIDE
+        if bias_ptr is not None:
+            bias_ptr += head * NORM_STRIDE
+        if ROTATION != NONE:
+            table = b.to(tl.int64) * stride_table_b + head.to(tl.int64) * stride_table_h
+            cos_ptr += table
+            sin_ptr += table
         x = load_rows(
-            x_ptr, x_n, position, real, rstd_ptr, weight_ptr, cos_ptr, sin_ptr, epsilon,
-            BLOCK, D, DP, NORM, ROTATION,
+            x_ptr, x_n, position, real,
+            rstd_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, epsilon, stride_weight, split,
+            stride_table, first, length,
+            BLOCK, D, DP, NORM, ROTATION, WEIGHTS, WIDE,
         )  # fmt: skip
         row = b * HEADS + head
         scale = 1.0

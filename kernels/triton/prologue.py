@@ -5,12 +5,21 @@ The kernels are those of `fpsc.kernels.triton.pack`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fpsc.kernels.before import (
+    ACROSS,
+    LAYER,
+    NOTHING_BEFORE,
+    RMS,
+    Before,
+    Norm,
+    Rotation,
+)
 from fpsc.kernels.saved import Saved, padded_head_dim
 from fpsc.kernels.triton import configs, pack
 from fpsc.kernels.triton.launch import launch
@@ -25,62 +34,72 @@ SHARES = 16
 """Programs for each head that look for the largest value of groups of tiles."""
 
 
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm in front of a site: x * r * weight.
-
-    Attributes:
-        weight: [D], shared by the heads, or [heads * D]; None for ones.
-        rstd: float32 [B, N], the statistic over all heads; None for that of each head's own D
-            channels, 1 / sqrt(mean(x^2) + epsilon).
-        epsilon: of the norm, used where rstd is None.
-    """
-
-    weight: Tensor | None = None
-    rstd: Tensor | None = None
-    epsilon: float = 1e-6
+KINDS = {RMS: pack.PER_HEAD, ACROSS: pack.GIVEN, LAYER: pack.LAYER}
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """Rotary embedding in front of a site.
-
-    Attributes:
-        cos, sin: contiguous [N, D / 2], one value a pair of channels.
-        interleaved: pairs (2 i, 2 i + 1); else (i, i + D / 2).
-    """
-
-    cos: Tensor
-    sin: Tensor
-    interleaved: bool = True
+def ready(before: Before, q: Tensor, k: Tensor) -> Before:
+    """The same, with all that the kernels want to be given: statistics of norms across heads, and
+    tables whose channels lie side by side."""
+    rotation = before.rotation
+    if rotation is not None:
+        cos, sin = rotation.cos, rotation.sin
+        if cos.stride(3) != 1 or cos.stride() != sin.stride():
+            rotation = replace(rotation, cos=cos.contiguous(), sin=sin.contiguous())
+    return Before(_with_statistic(before.norm_q, q), _with_statistic(before.norm_k, k), rotation)
 
 
-@dataclass(frozen=True)
-class Before:
-    """What is done to q and k while they are packed."""
-
-    norm_q: Norm | None = None
-    norm_k: Norm | None = None
-    rotation: Rotation | None = None
-
-    def arguments(self, norm: Norm | None, head_dim: int) -> tuple[Any, ...]:
-        """For a kernel: statistic, weight, cos, sin, epsilon, then what is compiled in."""
-        norm_kind = turn = pack.NONE
-        rstd = weight = cos = sin = None
-        step = 0
-        if norm is not None:
-            rstd, weight = norm.rstd, norm.weight
-            norm_kind = pack.PER_HEAD if rstd is None else pack.GIVEN
-            step = 0 if weight is None or weight.numel() == head_dim else head_dim
-        if self.rotation is not None:
-            cos, sin = self.rotation.cos, self.rotation.sin
-            turn = pack.INTERLEAVED if self.rotation.interleaved else pack.HALF_SPLIT
-        epsilon = norm.epsilon if norm is not None else 0.0
-        compiled_in = {"NORM": norm_kind.value, "ROTATION": turn.value, "NORM_STRIDE": step}
-        return (rstd, weight, cos, sin, epsilon), compiled_in
+def _with_statistic(norm: Norm | None, x: Tensor) -> Norm | None:
+    if norm is None:
+        return None
+    norm = replace(
+        norm,
+        weight=None if norm.weight is None else norm.weight.contiguous(),
+        bias=None if norm.bias is None else norm.bias.contiguous(),
+    )
+    if norm.kind != ACROSS:
+        return norm
+    if norm.rstd is not None:
+        return replace(norm, rstd=norm.rstd.contiguous())
+    B, heads, N, D = x.shape
+    rstd = x.new_empty((B, N), dtype=torch.float32)
+    launch(
+        pack.token_statistics, (-(-N // ROWS), B),
+        x, rstd, *x.stride()[:3], norm.epsilon, heads, N,
+        D=D, DP=padded_head_dim(D), ROWS=ROWS, num_warps=8,
+    )  # fmt: skip
+    return replace(norm, rstd=rstd)
 
 
-NOTHING_BEFORE = Before()
+def arguments(
+    norm: Norm | None, rotation: Rotation | None, head_dim: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """For a kernel: what it is passed of a norm and a rotation, and what is compiled in."""
+    rstd = weight = bias = cos = sin = None
+    epsilon, row, split = 0.0, 0, 0
+    strides: tuple[int, ...] = (0, 0, 0)
+    first = length = 0
+    compiled_in = {
+        "NORM": 0 if norm is None else KINDS[norm.kind].value, "ROTATION": 0, "NORM_STRIDE": 0,
+        "WEIGHTS": 1, "WIDE": False,
+    }  # fmt: skip
+    if norm is not None:
+        rstd, weight, bias, epsilon = norm.rstd, norm.weight, norm.bias, norm.epsilon
+        channels = bias if weight is None else weight
+        if channels is not None:
+            row = channels.shape[-1]
+            compiled_in["NORM_STRIDE"] = 0 if row == head_dim else head_dim
+            if channels.ndim == 2 and len(channels) == 2:
+                compiled_in["WEIGHTS"], split = 2, norm.split
+    if rotation is not None:
+        cos, sin, first = rotation.cos, rotation.sin, rotation.start
+        kind = pack.INTERLEAVED if rotation.interleaved else pack.HALF_SPLIT
+        compiled_in |= {"ROTATION": kind.value, "WIDE": cos.shape[3] == head_dim}
+        length = cos.shape[2]
+        strides = tuple(
+            0 if n == 1 else step for n, step in zip(cos.shape[:3], cos.stride(), strict=False)
+        )
+    tensors = (rstd, weight, bias, cos, sin)
+    return (*tensors, epsilon, row, split, *strides, first, length), compiled_in
 
 
 class Keys(NamedTuple):
@@ -200,7 +219,8 @@ def quantise(
     chunk = -(-N // CHUNKS)
     partial = call.q.new_empty((B, G, CHUNKS, 3, DP), dtype=torch.float32)
     mean = call.q.new_empty((B, G, DP), dtype=torch.float32)
-    before, compiled_in = call.before.arguments(call.before.norm_k, call.q.shape[3])
+    turn, head_dim = call.before.rotation, call.q.shape[3]
+    before, compiled_in = arguments(call.before.norm_k, turn, head_dim)
     mask = None if call.key_mask is None else _mask_bytes(call.key_mask, B, N)
     launch(
         pack.statistics, (CHUNKS, B * G),
@@ -214,13 +234,13 @@ def quantise(
     )  # fmt: skip
     largest = tuple(call.q.new_zeros((B, n, TILES), dtype=torch.float32) for n in (H, G))
     for operand, (x, norm, where) in enumerate(call.sides(keys)):
-        before, compiled_in = call.before.arguments(norm, call.q.shape[3])
+        before, compiled_in = arguments(norm, turn, head_dim)
         launch(
             pack.group_maxima, (SHARES, B * x.shape[1]),
             x, mean, call.modes, groups, where.gather, where.counts, largest[operand],
             *x.stride()[:3], where.gather_stride, where.count_stride, *before, *call.sizes,
             **call.fixed, OPERAND=operand, **compiled_in,
-            num_warps=configs.pack_warps(DP, rotated=call.before.rotation is not None),
+            num_warps=configs.pack_warps(DP, rotated=turn is not None),
         )  # fmt: skip
     tiles = Tiles(saved.q8, saved.k8, saved.v8)
     _pack(call, keys, tiles, meta, saved, mean, groups, largest, permuted=permuted)
@@ -245,12 +265,12 @@ def _pack(
     )
     query, key = call.sides(keys)
     sides = (
-        (*query, call.before, largest[0]),
-        (*key, call.before, largest[1]),
-        (call.v, None, keys, NOTHING_BEFORE, None),
+        (*query, call.before.rotation, largest[0]),
+        (*key, call.before.rotation, largest[1]),
+        (call.v, None, keys, None, None),
     )
-    for operand, (x, norm, where, before, shared) in enumerate(sides):
-        inputs, compiled_in = before.arguments(norm, call.q.shape[3])
+    for operand, (x, norm, where, rotation, shared) in enumerate(sides):
+        inputs, compiled_in = arguments(norm, rotation, call.q.shape[3])
         launch(
             pack.pack_tiles, (x.shape[1] * call.gather.shape[0], call.q.shape[0]),
             x, into[operand], q_scale, meta, mean, v_scale, shift, call.modes, groups, shared,
@@ -258,7 +278,5 @@ def _pack(
             *inputs, call.scale, *call.sizes,
             **call.fixed, OPERAND=operand, FP8=saved is not None,
             PERMUTED=permuted and operand == 2, **compiled_in,
-            num_warps=configs.pack_warps(
-                call.fixed["DP"], rotated=before.rotation is not None
-            ),
+            num_warps=configs.pack_warps(call.fixed["DP"], rotated=rotation is not None),
         )  # fmt: skip

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench import gpu_suite
-from bench.gpu import ceilings, contenders, problem, profile, run, timings
+from bench.gpu import ceilings, contenders, front, problem, profile, run, timings
 from bench.gpu.models import HEADLINE
 from bench.gpu.profiler import Kernel
 from bench.gpu.public_line import replays_missing
@@ -385,6 +385,8 @@ def test_every_case_of_the_measuring_parts_runs(monkeypatch, tmp_path):
         (timings, "OTHERS", ()),
         (timings, "KEEPS", (1.0, 0.25)),
         (timings, "Stopwatch", MadeUp),
+        (front, "Stopwatch", MadeUp),
+        (torch, "compile", lambda function, **_: function),
         (timings, "flex", lambda ops: []),  # its compilation takes a minute on CPU
         (timings, "flex_dividing", lambda *_: None),
         (ceilings, "WAN_14B", shape),

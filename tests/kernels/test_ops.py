@@ -226,8 +226,8 @@ class FakeTriton(ModuleType):
         super().__init__("fpsc.kernels.triton.attention")
         self.given: list[tuple[Any, ...]] = []
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-        out, lse, _ = cpu.forward(q, k, v, *rest)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, before: Any) -> Any:
+        out, lse, _ = cpu.forward(q, k, v, *rest, before=before)
         *_, gather, _, _, _, kinds = rest
         if not kinds & ops.FP8_CELLS:
             return out, lse, None

@@ -9,6 +9,15 @@ import torch
 from torch import Tensor
 
 from fpsc.kernels import reference
+from fpsc.kernels.before import (
+    ACROSS,
+    LAYER,
+    NOTHING_BEFORE,
+    RMS,
+    Before,
+    Norm,
+    Rotation,
+)
 from fpsc.kernels.saved import Saved, padded_head_dim
 from fpsc.kernels.triton import interpreter
 from tests.kernels.cases import (
@@ -35,7 +44,6 @@ if not interpreter.ACTIVE:
     pytest.skip("kernels are compiled here: TRITON_INTERPRET=0", allow_module_level=True)
 
 from fpsc.kernels.triton import attention, prologue, tune
-from fpsc.kernels.triton.prologue import NOTHING_BEFORE, Before, Norm, Rotation
 from tests.kernels.memory import Launches
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
@@ -156,49 +164,35 @@ def test_statistics_of_any_number_of_stretches(monkeypatch):
         assert torch.equal(saved.v_scale, found[0].v_scale)
 
 
-def normalised(x: Tensor, norm: Norm | None) -> Tensor:
-    """RMSNorm in float32. x [B, heads, N, D]"""
-    if norm is None:
-        return x
-    r = (x.square().mean(-1) + norm.epsilon).rsqrt()
-    x = x * (r if norm.rstd is None else norm.rstd[:, None])[..., None]
-    if norm.weight is None:
-        return x
-    per_head = norm.weight.numel() > x.shape[-1]
-    weight = norm.weight.float()
-    return x * (weight.view(1, x.shape[1], 1, -1) if per_head else weight)
-
-
-def rotated(x: Tensor, rotation: Rotation | None) -> Tensor:
-    if rotation is None:
-        return x
-    half = x.shape[-1] // 2
-    pairs = (x[..., ::2], x[..., 1::2]) if rotation.interleaved else (x[..., :half], x[..., half:])
-    first = pairs[0] * rotation.cos - pairs[1] * rotation.sin
-    second = pairs[0] * rotation.sin + pairs[1] * rotation.cos
-    if rotation.interleaved:
-        return torch.stack([first, second], -1).flatten(-2)
-    return torch.cat([first, second], -1)
-
-
 def befores(B: int, N: int, H: int, G: int, D: int, turn: str, norm: str) -> Before:
-    """Statistics, weights and angles of every sort."""
+    """Statistics, weights and angles of every sort, between NaN where memory is strided."""
     rotation = None
     if turn != "no rotation":
-        angle = torch.rand(N, D // 2) * 6.3
-        rotation = Rotation(angle.cos(), angle.sin(), interleaved=turn == "interleaved")
+        some = "some" in turn
+        L, start = (N - 9, 4) if some else (N, 0)
+        tables = 1 if H != G else H
+        angle = torch.full((1, L, tables, 2 * D), math.nan)
+        used = D if "wide" in turn else D // 2
+        angle[..., :used] = torch.rand(1, L, tables, used) * 6.3
+        cos, sin = (f(angle)[..., :used].transpose(1, 2) for f in (torch.cos, torch.sin))
+        rotation = Rotation(cos, sin, "interleaved" in turn, start)
     norms: list[Norm | None] = []
     for heads in (H, G):
         shared, each = torch.rand(D) + 0.5, torch.rand(heads * D) + 0.5
-        rstd = torch.rand(B, N) + 0.5
+        two, bias, rstd = torch.rand(2, D) + 0.5, torch.randn(2, D), torch.rand(B, N) + 0.5
         norms.append(
             {
                 "no norm": None,
-                "per head": Norm(shared, epsilon=0.1),
-                "per head, no weight": Norm(epsilon=0.1),
-                "over heads": Norm(each, rstd),
-                "over heads, no weight": Norm(None, rstd),
-                "over heads, bfloat16": Norm(each.bfloat16(), rstd),
+                "per head": Norm(RMS, shared, epsilon=0.1),
+                "per head, no weight": Norm(RMS, epsilon=0.1),
+                "per head, two weights": Norm(RMS, two, epsilon=0.1, split=13),
+                "over heads": Norm(ACROSS, each, rstd=rstd),
+                "over heads, no weight": Norm(ACROSS, rstd=rstd),
+                "over heads, no statistic": Norm(ACROSS, each, epsilon=0.1),
+                "over heads, bfloat16": Norm(ACROSS, each.bfloat16(), rstd=rstd),
+                "layer": Norm(LAYER, shared, bias[0], epsilon=0.1),
+                "layer, two weights": Norm(LAYER, two, bias, epsilon=0.1, split=13),
+                "layer, bias alone": Norm(LAYER, None, bias, epsilon=0.1, split=13),
             }[norm]
         )
     return Before(norms[0], norms[1], rotation)
@@ -214,23 +208,28 @@ CASES = [
     ("no rotation", "per head", 17),
     ("no rotation", "over heads, no weight", 40),
     ("half-split", "per head, no weight", 18),
+    ("wide interleaved of some", "layer", 40),
+    ("interleaved of some", "per head, two weights", 32),
+    ("wide half-split of some", "layer, two weights", 72),
+    ("wide half-split", "over heads, no statistic", 40),
+    ("half-split of some", "layer, bias alone", 18),
 ]
 
 
-@pytest.mark.parametrize(("turn", "norm", "dim"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("turn", "norm", "dim", "key_heads"),
+    [(*case, 1 + i % 2) for i, case in enumerate(CASES)],
+    ids=str,
+)
 @pytest.mark.parametrize("heads", [[NEAR_FP8, WINDOW_FP8_HEAD], [NEAR, DENSE]], ids=str)
-def test_norm_and_rotation_in_the_same_pass(turn, norm, dim, heads):
+def test_norm_and_rotation_in_the_same_pass(turn, norm, dim, key_heads, heads):
     """As if they had been done before, in float32."""
     t = tables((3, 5, 5), (3, 5, 3), [heads, heads], prefix=2)
     kinds = 1 if DENSE in heads else 2
-    q, k, v = qkv(t, dim=dim, key_heads=1)
-    k = k * 0.5
-    before = befores(2, t.tokens, 2, 1, dim, turn, norm)
+    q, k, v = qkv(t, dim=dim, key_heads=key_heads)
+    before = befores(2, t.tokens, 2, key_heads, dim, turn, norm)
     out, lse, saved = before_kernel(q, k, v, t, kinds, before)
-    made = [
-        rotated(normalised(x, of), before.rotation)
-        for x, of in ((q, before.norm_q), (k, before.norm_k))
-    ]
+    made = before.apply(q, k)
     expected, expected_lse, _ = reference.forward(*made, v, *t.forward, None, 0.2)
     if saved is not None:
         check_operands(*made, v, t, saved, None, 0.2)
@@ -245,8 +244,5 @@ def test_norm_and_rotation_of_half_precision():
     q, k, v = qkv(t, dim=40, dtype=torch.bfloat16)
     before = befores(1, t.tokens, 2, 2, 40, "half-split", "over heads")
     _, _, saved = before_kernel(q, k, v, t, 3, before)
-    made = [
-        rotated(normalised(x.float(), of), before.rotation)
-        for x, of in ((q, before.norm_q), (k, before.norm_k))
-    ]
+    made = before.apply(q, k)
     check_operands(*made, v, t, saved, None, 0.2)
