@@ -126,7 +126,9 @@ def test_exported(phases: str) -> None:
     wan, inputs = model(), small_inputs((600.0,), GRID)
     program = fpsc.export(wan, (), inputs, policy=phases, options={"fuse_prologue": True})
     (site, *_) = [n for n in program.graph.nodes if n.target is torch.ops.fpsc.attention.default]
-    assert site.kwargs["norm"] == "rms-across" and site.kwargs["rotation"] == "interleaved"
+    arguments = torch.ops.fpsc.attention.default._schema.arguments
+    given = {a.name: value for a, value in zip(arguments, site.args, strict=False)} | site.kwargs
+    assert given["norm"] == "rms-across" and given["rotation"] == "interleaved"
     found = program.module()(**inputs)[0]
     expected = reference_forward(wan, inputs, Policy.load(phases))
     assert relative_rms(found, expected) <= COMPILED_FP8

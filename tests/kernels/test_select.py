@@ -97,7 +97,7 @@ def test_hopper_has_two_kernels_for_fp8_cells():
             torch.bfloat16,
             128,
             BLACKWELL,
-            "capability 10.0, and the Gluon kernel is for 9.0",
+            "capability 12.0, and the Gluon kernel is for 9.0",
         ),
         ("cuda", torch.bfloat16, 128, AMPERE, "capability 8.0, and the Gluon kernel is for 9.0"),
         ("cuda", torch.bfloat16, 32, HOPPER, "takes a head_dim within 33..128, not 32"),
