@@ -108,10 +108,14 @@ def built_in() -> dict[str, Policy]:
     return found
 
 
+def tuned_name(keep: float) -> str:
+    return f"tuned-{keep:.4f}".replace(".", "_")
+
+
 def tuned(calibration: Calibration, keep: float, folder: Path) -> dict[str, tuple[Policy, float]]:
     """The table and the phases for a keep, with the errors that are predicted."""
     chosen = choose.choose(calibration, Budget("keep", keep), Wishes())
-    name = f"tuned-{keep:.4f}".replace(".", "_")
+    name = tuned_name(keep)
     table = write.write_table(
         folder / f"{name}.yaml", calibration, chosen.choice, chosen.simple, {}
     )
@@ -226,6 +230,12 @@ def ranked(record: dict[str, Any]) -> tuple[list[float], list[float]]:
     return [x["predicted"] for x in each], [x["error"] for x in each]
 
 
+def best_single(policies: dict[str, Any]) -> str:
+    """The mode that in all heads at all noise has the least error at `KEEP`."""
+    ones = [n for n, p in policies.items() if n.startswith("uniform") and p["keep"] == KEEP]
+    return min(ones, key=lambda name: float(policies[name]["error"]))
+
+
 def targets(record: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
     """(what was promised, what was found, whether it is met)."""
     seconds = record["seconds"]
@@ -237,15 +247,10 @@ def targets(record: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
     yield f"again in {MOST_AGAIN:g} s", f"{seconds['again']} s", seconds["again"] <= MOST_AGAIN
     for each in record["seeds"]:
         policies, seed = each["policies"], each["seed"]
-        mine = policies[f"tuned-{KEEP:.4f}".replace(".", "_")]["error"]
-        ones = {
-            n: p["error"]
-            for n, p in policies.items()
-            if n.startswith("uniform") and p["keep"] == KEEP
-        }
-        best = min(ones, key=lambda name: ones[name])
-        words = f"{mine:.4f}, and {best} {ones[best]:.4f}"
-        yield f"seed {seed}: better than one mode at keep {KEEP}", words, mine < ones[best]
+        mine, best = policies[tuned_name(KEEP)]["error"], best_single(policies)
+        other = policies[best]["error"]
+        words = f"{mine:.4f}, and {best} {other:.4f}"
+        yield f"seed {seed}: better than one mode at keep {KEEP}", words, mine < other
         for preset, name in each["against"].items():
             a, b = policies[name], policies[preset]
             words = f"{a['error']:.4f} at {a['keep']}, and {b['error']:.4f} at {b['keep']}"
@@ -259,11 +264,10 @@ def targets(record: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
 
 def at_keep(record: dict[str, Any]) -> str:
     """A row for each seed: tuned at `KEEP`, and the best single mode there."""
-    name, rows = f"tuned-{KEEP:.4f}".replace(".", "_"), []
+    name, rows = tuned_name(KEEP), []
     for each in record["seeds"]:
         policies = each["policies"]
-        ones = [n for n, p in policies.items() if n.startswith("uniform") and p["keep"] == KEEP]
-        best = min(ones, key=lambda one: policies[one]["error"])
+        best = best_single(policies)
         mine, phases, other = policies[name], policies[f"{name}-phases"], policies[best]
         rows.append(
             (

@@ -49,7 +49,7 @@ def _but(given: Document, layers: list[int]) -> Document:
 
 
 def _strips(**mode: Any) -> Document:
-    return _always(list(TILE), **mode)
+    return _always(TILE, **mode)
 
 
 def _by_head(keep: float) -> Document:

@@ -150,9 +150,7 @@ def attention(axes: Axes, calibration: Calibration, place: tuple[int, int, int])
     """Where the attention of the tile in the middle of the video goes in one head: a map of each
     time slab of tiles, time from left to right; the tile itself is framed."""
     b, layer, head = place
-    tiles = tuple(
-        -(-n // s) for n, s in zip(calibration.run.grid, calibration.run.tile, strict=True)
-    )
+    tiles = calibration.run.tiles
     t, y, x = tiles
     values = calibration.maps[b, layer, head].reshape(tiles)
     gap = np.full((t, y, 1), np.nan, values.dtype)

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 
 from fpsc.errors import UserError
 from fpsc.files import replacing
+from fpsc.grid import TileShape, TokenGrid, tile_grid
 from fpsc.policy import Policy
 from fpsc.tune.cost import Cost
 from fpsc.tune.modes import DENSE, policy
@@ -71,6 +72,11 @@ class Run(BaseModel):
     @property
     def bins(self) -> int:
         return len(self.levels)
+
+    @property
+    def tiles(self) -> TokenGrid:
+        """Tiles of the video along each axis."""
+        return tile_grid(TokenGrid(*self.grid), TileShape(*self.tile))
 
 
 class Facts(BaseModel):

@@ -156,7 +156,7 @@ def _patches(axes: Any, result: Result) -> list[Patch]:
 def _attention(result: Result) -> Figure:
     places = drawing.telling(result.calibration)
     run = result.calibration.run
-    t, y, x = (-(-n // s) for n, s in zip(run.grid, run.tile, strict=True))
+    t, y, x = run.tiles
     wide = t * (x + 1) / y
     columns = min(3, max(1, round(6 / wide)))
     rows = -(-len(places) // columns)
