@@ -192,7 +192,7 @@ def _source(variant: Variant) -> Any:
                 attributes[(n,)] = [["tt.divisibility", int(divisor)]]
         else:  # also what a launch specialises on: None, and the integer 1
             types[parameter.name], constants[(n,)] = "constexpr", value
-    if kernel.is_gluon():
+    if variant.language == "gluon":
         from triton.experimental.gluon._runtime import GluonASTSource
 
         return GluonASTSource(kernel, types, constants, attributes)
@@ -260,7 +260,7 @@ def broken(variant: Variant, report: Report) -> list[str]:
         problems += [f"expected no loss, found {loss}" for loss in report.losses]
     if variant.role == "forward" and variant.head_dim == 128 and on_tensor_cores:
         limit = HOT_LOOP_SPECIALISED if variant.specialised else HOT_LOOP_PORTABLE
-        if variant.kernel.is_gluon():
+        if variant.language == "gluon":
             limit = HOT_LOOP_GLUON
         if variant.keys == 2 * HOT_LOOP_KEYS:
             limit = HOT_LOOP_PAIRS

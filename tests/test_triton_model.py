@@ -38,8 +38,8 @@ def policy(tmp_path: Path) -> str:
     return str(tmp_path / "phases.yaml")
 
 
-def compiled(model: torch.nn.Module, policy: str, kernel: str = "triton") -> Any:
-    options = {"kernel": kernel, "policy": policy}
+def compiled(model: torch.nn.Module, policy: str, kernel: str = "triton", **more: Any) -> Any:
+    options = {"kernel": kernel, "policy": policy, **more}
     return torch.compile(model, backend="fpsattn", fullgraph=True, options=options)
 
 
@@ -74,6 +74,7 @@ def test_gradients_equal_the_reference(policy):
 
 
 def test_bfloat16_equals_the_cpu_kernel(policy):
+    """With norm and rotation left in the graph, whose results are rounded alike for both."""
     model = small_wan().bfloat16()
     for block in model.blocks:  # so that its attention counts
         block.attn1.to_out[0].weight.data *= 30
@@ -84,7 +85,8 @@ def test_bfloat16_equals_the_cpu_kernel(policy):
     with torch.no_grad():
         for kernel in ("triton", "cpu"):
             torch._dynamo.reset()
-            found.append(compiled(model, policy, kernel)(**inputs)[0])
+            fast = compiled(model, policy, kernel, fuse_prologue=False)
+            found.append(fast(**inputs)[0])
     assert found[0].dtype == torch.bfloat16
     assert [r.kernels[0].split()[0] for r in fpsc.reports()] == ["triton", "cpu"]
     assert relative_rms(*found) <= TRITON_MODEL_BF16

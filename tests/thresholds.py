@@ -17,6 +17,10 @@ KERNEL_FP32 = 1e-5  # 2.5e-6, a gradient; also lse, in all cells (1.4e-7)
 KERNEL_HALF = 6e-4  # 1.5e-4: results of bfloat16 that round the other way
 KERNEL_FP8 = 5e-4  # 1.2e-4
 KERNEL_FP8_GRAD = 5e-4  # 9.2e-5
+# Behind a norm and a rotation in the same kernel: a float32 sum in another order makes a value of Q
+# or K round the other way, and where scores are large that shows. The packed values themselves
+# are held to E4M3_OTHERWISE, and cells that are not quantised to TRITON_FP32.
+BEFORE_FP8 = 2e-2  # 6.2e-3
 
 # The Triton kernels, where they do what the reference does not. In float32: copies of a key fill a
 # block, are added to the denominator and taken away, up to 127 of them. With 16-bit inputs: P and

@@ -118,6 +118,7 @@ def _gluon(capability: int, element: str, dp: int) -> Iterator[Variant]:
             product="fp8",
             keys=config.BN,
             specialised=True,
+            language="gluon",
             capabilities=(capability,),
         )
 

@@ -28,6 +28,7 @@ class Variant:
                      Those of fp32 are exact, and so not on tensor cores
     keys             keys that one iteration of the hot loop takes; None where it has no such loop
     specialised      warps with roles of their own: some load, others compute
+    language         what the kernel is written in
     capabilities     the GPUs that it is launched on
     """
 
@@ -40,6 +41,7 @@ class Variant:
     product: Product | None = None
     keys: int | None = None
     specialised: bool = False
+    language: Literal["triton", "gluon"] = "triton"
     capabilities: tuple[int, ...] = CAPABILITIES
 
     def __post_init__(self) -> None:
