@@ -160,10 +160,11 @@ class Instrument:
 
     def use(self, policy: Policy | None) -> None:
         """Run with a policy from now on; None is dense."""
-        if policy is None and self.reports:
-            policy = self.policy
-        if policy is not None and self.state.policy is not policy:
-            runtime.set_policy(self.model, policy)
+        wanted = policy or self.policy
+        if not self.reports:  # nothing is compiled yet: the first graph starts with it
+            self.options = self.options.model_copy(update={"policy": wanted})
+        elif self.state.policy is not wanted:
+            runtime.set_policy(self.model, wanted)
 
     @contextmanager
     def recorded(self) -> Iterator[list[Call]]:
