@@ -136,12 +136,13 @@ class Reader:
             return self._viewed(node, source, at if name in _VIEWS else node)
         if plain == "neg" and isinstance(source, fx.Node):
             return self.value(source, node).negated()
-        if plain in ("add", "sub") and len(others) == 1 and not node.kwargs:
+        two = len(others) == 1 and not node.kwargs
+        if plain in ("add", "sub") and two:
             a, b = self._operands(source, others[0], node)
             require({a, b} <= self.carrying, f"{name} with what does not come from a projection")
             second = self.value(b, node)
             return self.value(a, node).plus(second if plain == "add" else second.negated())
-        if plain == "mul" and len(others) == 1:
+        if plain == "mul" and two:
             return self._product(source, others[0], node)
         if name == "stack" or is_cat(node):
             return self._joined(node)
@@ -170,13 +171,14 @@ class Reader:
         """What `unbind`, `chunk` or `split` yields at an index."""
         name, index, whole = op_name(source), node.args[1], source.args[0]
         axis, parts = argument(source, 1 if name == "unbind" else 2, "dim", 0), example(source)
-        if not (isinstance(index, int) and isinstance(axis, int) and isinstance(whole, fx.Node)):
+        if not isinstance(index, int) or not isinstance(axis, int):
+            raise Declined(f"a part of {name}")
+        if not isinstance(whole, fx.Node) or not isinstance(parts, list | tuple):
             raise Declined(f"a part of {name}")
         value = self.value(whole, at)
         axis %= len(value.axes)
         if name == "unbind":
             return value.picked(axis, index)
-        assert isinstance(parts, list | tuple)
         lengths = [self.size(dim(part.shape[axis])) for part in parts]
         start: Dim = sum(lengths[: index % len(lengths)])
         return value.sliced(axis, Span(canonical(start), canonical(start + lengths[index])))
