@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fpsc
+from bench.families import analyse
 from bench.family_runs import first
 from fpsc.passes.graph import is_linear, module_path, op_name
 from fpsc.policy import Policy
 from tests.compiled import compile_whole
-from tests.families import MODELS
+from tests.families import MODELS, Model
 from tests.passes import foreign
 from tests.passes.foreign import DIM, HEADS, WIDTH, angles, join, split
 from tests.thresholds import relative_rms
@@ -100,7 +102,6 @@ FUSED = {
     "LTXVideoTransformer3DModel": ACROSS,
     "CosmosTransformer3DModel/1": "fused (rms per head + rope half-split)",
 }
-"""What the reports say; of all models `test_families`."""
 
 
 @pytest.mark.parametrize("key", FUSED)
@@ -123,6 +124,22 @@ def test_norms_and_rotations_are_gone(key: str, graphs: list[fx.GraphModule]) ->
     tables = {site.kwargs.get("cos") for site in sites}
     assert len(tables) == 1, "every site makes its own table"
     assert dead(gm) == []
+
+
+_LTX2 = BY_KEY["LTX2VideoTransformer3DModel"]
+BY_KEY["LTX2/split"] = replace(_LTX2, config={**_LTX2.config, "rope_type": "split"})
+READ = {
+    "LTX2/split": "fused (rms across heads + rope half-split)",
+    "CogVideoXTransformer3DModel/2B": "fused (layer norm per head)",
+    "AllegroTransformer3DModel": "not fused: ",  # three rotations, one an axis of the grid
+    "Kandinsky5Transformer3DModel": "not fused: ",  # products with matrices of 2 x 2
+}
+
+
+@pytest.mark.parametrize("key", READ)
+def test_what_is_read(key: str) -> None:
+    found = [site.prologue for site in analyse(BY_KEY[key], (3, 4, 5)).sites if site.replaced]
+    assert found and all(said.startswith(READ[key]) for said in found), found
 
 
 # ---- spellings

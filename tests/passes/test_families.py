@@ -117,7 +117,6 @@ def check_replaced(key: str, grid: tuple[int, int, int], count: int) -> Any:
     assert [s.grid for s in replaced] == [expected_grid(model, grid)] * count
     assert {s.grid_source for s in replaced} == {"graph"}
     assert {(s.prefix, s.suffix) for s in replaced} == {(spans(PREFIX, key), spans(SUFFIX, key))}
-    assert {s.prologue for s in replaced} == {f"fused ({front})" for front in fronts_of(key)}
     return found
 
 
