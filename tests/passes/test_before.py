@@ -20,7 +20,7 @@ from bench.family_runs import first
 from fpsc.passes.graph import is_linear, module_path, op_name
 from fpsc.policy import Policy
 from tests.compiled import compile_whole
-from tests.families import MODELS, Model
+from tests.families import MODELS
 from tests.passes import foreign
 from tests.passes.foreign import DIM, HEADS, WIDTH, angles, join, split
 from tests.thresholds import relative_rms
