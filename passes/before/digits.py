@@ -45,6 +45,7 @@ def merged(axis: Iterable[Digit]) -> Axis:
 
 def reshaped(axes: Iterable[Axis], sizes: Sequence[Dim]) -> tuple[Axis, ...]:
     """Axes of other sizes, with the same elements in the same order."""
+    require(0 not in sizes, "a tensor of no elements")
     left = [digit for axis in axes for digit in axis]
     found = tuple(merged(_taken(left, size)) for size in sizes)
     require(not left, "a reshape")

@@ -47,12 +47,13 @@ class Layout(NamedTuple):
         heads, head_dim = size_of(head), size_of(channel)
         if not isinstance(heads, int) or not isinstance(head_dim, int):
             raise Declined("the number of heads is not fixed")
+        require(len(value.shape) in _ORDERS, f"a tensor of {len(value.shape)} axes")
         in_order = channel == axis_of(Digit(value.channels, 1, head_dim))
         require(in_order, "channels are in another order")
         for name, axis in (("batch", batch), ("tokens", token)):
             whole = len(axis) <= 1 and all(same(digit.stride, 1) for digit in axis)
             require(whole, f"{name} in another order")
-        for order in _ORDERS.get(len(value.shape), ()):
+        for order in _ORDERS[len(value.shape)]:
             layout = Layout(order, size_of(batch), heads, head_dim)
             if layout._is_of(value):
                 return layout

@@ -54,12 +54,12 @@ def read_rope(value: Value, layout: Layout, sizes: Sizes) -> Rope | None:
     one_width = wide == _tells(sin, value.pair)
     require(one_width, "cos has one value a channel and sin one a pair, or the other way")
     channels = layout.head_dim if wide else layout.head_dim // 2
-    tables = (
+    first, second = (
         RopeTable(t.node, t.value, t.part, layout.of_table(t.axes, covered, channels))
         for t in (cos, sin)
     )
     every = wide and all(_repeats(table.node, neighbours, sizes) for table in (cos, sin))
-    return Rope(INTERLEAVED if neighbours else HALF_SPLIT, start, *tables, negative, every)
+    return Rope(INTERLEAVED if neighbours else HALF_SPLIT, start, first, second, negative, every)
 
 
 def _turn(piece: Piece, pair: Digit | None, position: Dim) -> _Turn:

@@ -528,7 +528,7 @@ NEAR_MISSES: Spellings = {
     "the statistic overwritten": (statistic_written, "not fused"),
     "one angle": (one_angle, "a part of its tokens or channels"),
     "batch and tokens in one": (tokens_of_all, "not fused"),
-    "channels in the middle": (middle_written, "fused (rms per head)"),
+    "channels in the middle": (middle_written, "a part of the channels"),
 }
 
 
