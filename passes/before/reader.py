@@ -64,6 +64,7 @@ class Reader:
         self.carrying = carrying
         self.site = site
         self.notes: list[str] = []
+        # By how often their memory had been written: views change with it.
         self._known: dict[tuple[fx.Node, int], Value | None] = {}
 
     def size(self, size: Dim) -> Dim:
@@ -97,12 +98,13 @@ class Reader:
 
     def _value(self, node: fx.Node, at: fx.Node) -> Value | None:
         """None where nothing was written to it yet."""
-        writes = [w for w in writers_of(node) if self.order[w] < self.order[at]]
-        key = (node, len(writes))
+        now = self.order[at]
+        key = (node, sum(self.order[w] < now for w in writers_of(memory_of(node))))
         if key not in self._known:
             value = self._made(node, at)
-            for write in writes:
-                value = self._checked(node, self._written(value, node, write))
+            for write in writers_of(node):
+                if self.order[write] < now:
+                    value = self._checked(node, self._written(value, node, write))
             self._known[key] = value
         return self._known[key]
 

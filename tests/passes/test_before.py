@@ -508,6 +508,16 @@ def middle_written(layer: Layer, x: Tensor, side: str) -> Tensor:
     return x
 
 
+def read_after_written(layer: Layer, x: Tensor, side: str) -> Tensor:
+    """The second write reads the first one's result."""
+    x = rms(layer, x, side)
+    cos, sin = cos_sin(x)
+    a, b = x[..., 0::2], x[..., 1::2]
+    x[..., 0::2] = a * cos - b * sin
+    x[..., 1::2] = a * sin + b * cos
+    return x
+
+
 NEAR_MISSES: Spellings = {
     "no epsilon": (no_epsilon, "not fused"),
     "a mean over tokens": (over_tokens, "not fused"),
@@ -528,6 +538,7 @@ NEAR_MISSES: Spellings = {
     "the statistic overwritten": (statistic_written, "not fused"),
     "one angle": (one_angle, "a part of its tokens or channels"),
     "batch and tokens in one": (tokens_of_all, "not fused"),
+    "read after it was written": (read_after_written, "not fused"),
     "channels in the middle": (middle_written, "a part of the channels"),
 }
 
