@@ -102,7 +102,7 @@ class Reader:
         key = (node, sum(self.order[w] < now for w in writers_of(memory_of(node))))
         if key not in self._known:
             value = self._made(node, at)
-            for write in writers_of(node):
+            for write in sorted(writers_of(node), key=self.order.__getitem__):
                 if self.order[write] < now:
                     value = self._checked(node, self._written(value, node, write))
             self._known[key] = value
