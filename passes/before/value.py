@@ -161,9 +161,7 @@ class Value:
     def _channel(self, digit: Digit, channel: int) -> Value:
         """One channel of every pair, but for the axes."""
         require(not self.is_complex, "a part of complex numbers")
-        value = self.paired_by(digit)
-        require(not self.is_picked, "a channel of a channel")
-        value = value.each(lambda matrix: matrices.picked(matrix, channel))
+        value = self.paired_by(digit).each(lambda matrix: matrices.picked(matrix, channel))
         return replace(value, is_picked=True)
 
     # ---- tokens
