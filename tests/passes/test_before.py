@@ -612,7 +612,7 @@ def fronts(draw: st.DrawFn) -> Callable[..., Tensor]:
     return front
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(st.lists(fronts(), min_size=5, max_size=5))
 def test_whatever_stands_in_front_is_right(found: list[Callable[..., Tensor]]) -> None:
     model = foreign.Model(Layer(found[0]))
