@@ -106,6 +106,7 @@ def analyse(
         if index and latent is not None and not stated:  # the first one tells the later ones
             hints = Hints(tuple(latent_grids(built, latent.shape)), "latent")
         analysis = manager.analyse(gm, hints, None, names)
+        manager.read_fronts(analysis)
         found.sites += sites_of(analysis)
         if analysis.timestep is not None:
             found.timestep = timestep_of(analysis, names)

@@ -16,6 +16,7 @@ from fpsc.passes.graph import (
     op_name,
     same,
     shape,
+    spelled_out,
 )
 
 RESHAPES = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])
@@ -185,15 +186,8 @@ def _through_getitem(node: fx.Node, source: fx.Node, axis: int) -> tuple[fx.Node
                 return source.all_input_nodes[0], axis + (axis >= dim % len(sizes))
         return None
     out = 0
-    items = index if isinstance(index, tuple) else (index,)
-    rank = len(shape(source) or ())
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        full = (slice(None),) * (rank - len([i for i in items if i is not None]) + 1)
-        items = (*items[:at], *full, *items[at + 1 :])
-    items = (*items, *(slice(None),) * (rank - len([i for i in items if i is not None])))
     position = 0
-    for item in items:
+    for item in spelled_out(index, len(shape(source) or ())):
         if item is None:
             if out == axis:
                 return None

@@ -218,6 +218,18 @@ def argument(node: fx.Node, index: int, name: str, default: object = None) -> ob
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
+def spelled_out(index: object, rank: int) -> list[object]:
+    """The items of an index with a full slice for every axis that it leaves out."""
+    items = index if isinstance(index, tuple) else (index,)
+    if not any(item is Ellipsis for item in items):
+        items = (*items, Ellipsis)
+    missing = rank - sum(item is not None and item is not Ellipsis for item in items)
+    found: list[object] = []
+    for item in items:
+        found += [slice(None)] * missing if item is Ellipsis else [item]
+    return found
+
+
 def memory_of(node: fx.Node) -> fx.Node:
     """What a value may share its memory with: where the memory was made."""
     while (

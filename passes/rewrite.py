@@ -8,7 +8,7 @@ inside them. The lists of a span whose length only the running graph knows are l
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -22,7 +22,7 @@ import fpsc.kernels.rows
 import fpsc.kernels.spans  # noqa: F401  they register the ops that are inserted here
 from fpsc.kernels.before import ACROSS, INTERLEAVED
 from fpsc.kernels.kinds import ALL_CELLS
-from fpsc.passes.before import Front, Source, TableUse
+from fpsc.passes.before import Front, RopeTable, Source
 from fpsc.passes.edit import Sketch, erase_dead, erase_unused, erase_with_sources
 from fpsc.passes.graph import Body, Dim, Program, dim, example, same
 from fpsc.passes.infer_grid import Found
@@ -305,16 +305,17 @@ class _Writer:
                 named[f"{letter}_rstd"] = _statistic(sketch, joined, front.epsilon)
         named |= {"norm": front.norm, "epsilon": front.epsilon} if front.norm != "none" else {}
         with node.graph.inserting_before(node):
-            sizes = (front.query[0].length, front.start)
+            begin = 0 if front.rope is None else front.rope.start
+            sizes = (front.query[0].length, begin)
             split, start = self._sizes(node.graph, sizes, original, copied)
         if len(front.query) > 1 and "q_weight" in named:
             named["split"] = split
-        if front.cos is not None and front.sin is not None:
-            named |= {"rotation": front.rotation, "start": start}
-            for name, use in (("cos", front.cos), ("sin", front.sin)):
-                key = replace(use, node=self.sizes.value_of(use.node)), front.rotation
+        if (rope := front.rope) is not None:
+            named |= {"rotation": rope.rotation, "start": start}
+            for name, table in (("cos", rope.cos), ("sin", rope.sin)):
+                key = name, table, rope.rotation, rope.negative, rope.every
                 if key not in tables:
-                    tables[key] = _table(sketch, use, front, copied)
+                    tables[key] = _table(sketch, table, front, copied)
                 named[name] = tables[key]
         return sides[0], sides[1], named
 
@@ -365,29 +366,29 @@ def _statistic(sketch: Sketch, x: fx.Node, epsilon: float) -> fx.Node:
     return sketch.call(torch.rsqrt, sketch.call(operator.add, mean, epsilon))
 
 
-def _table(sketch: Sketch, use: TableUse, front: Front, copied: dict[fx.Node, fx.Node]) -> fx.Node:
+def _table(sketch: Sketch, use: RopeTable, front: Front, copied: dict[fx.Node, fx.Node]) -> fx.Node:
     """cos or sin as the op takes it, channels side by side."""
-    table = copied[use.node]
-    if use.of:
-        table = sketch.call(getattr(torch, use.of), table)
-    for axis in reversed(range(len(use.dims))):
-        if use.dims[axis] == "":
+    rope, table = front.rope, copied[use.node]
+    assert rope is not None
+    if use.part:
+        table = sketch.call(getattr(torch, use.part), table)
+    for axis in reversed(range(len(use.axes))):
+        if use.axes[axis] == "":
             table = sketch.call("squeeze", table, axis)
-        elif use.dims[axis] == "hd":
+        elif use.axes[axis] == "hd":
             table = sketch.call("unflatten", table, axis, (front.heads[0], -1))
-    letters = "".join(use.dims)
+    letters = "".join(use.axes)
     order = [letters.index(letter) for letter in "bhnd" if letter in letters]
     if order != sorted(order):
         table = sketch.call("permute", table, *order)
     for axis, letter in enumerate("bhnd"):
         if letter not in letters:
             table = sketch.call("unsqueeze", table, axis)
-    if use.every:
-        every = (
-            slice(None, None, 2) if front.rotation == INTERLEAVED else slice(front.head_dim // 2)
-        )
+    if rope.every:
+        half = slice(front.head_dim // 2)
+        every = slice(None, None, 2) if rope.rotation == INTERLEAVED else half
         table = sketch.item(table, (Ellipsis, every))
-    if use.negative:
+    if rope.negative and use is rope.sin:
         table = sketch.call(torch.neg, table)
     value = example(table)
     assert isinstance(value, torch.Tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fpsc
+from bench.families import analyse
 from bench.family_runs import first
 from fpsc.passes.graph import is_linear, module_path, op_name
 from fpsc.policy import Policy
 from tests.compiled import compile_whole
-from tests.families import MODELS, Model
+from tests.families import MODELS
 from tests.passes import foreign
 from tests.passes.foreign import DIM, HEADS, WIDTH, angles, join, split
 from tests.thresholds import relative_rms
@@ -92,19 +94,12 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[float, list[str]]:
 # ---- models of diffusers
 
 BY_KEY = {model.key: model for model in MODELS}
-_LTX2 = BY_KEY["LTX2VideoTransformer3DModel"]
-BY_KEY["LTX2/split"] = Model(
-    "LTX2VideoTransformer3DModel/split", {**_LTX2.config, "rope_type": "split"}, _LTX2.given
-)
 ACROSS = "fused (rms across heads + rope interleaved)"
-PER_HEAD = "fused (rms per head + rope interleaved)"
 FUSED = {
     "WanTransformer3DModel": ACROSS,
-    "HunyuanVideoTransformer3DModel": PER_HEAD,  # text has norms of its own, and is not rotated
-    "CogVideoXTransformer3DModel/2B": "fused (layer norm per head)",
+    "HunyuanVideoTransformer3DModel": "fused (rms per head + rope interleaved)",
     "CogVideoXTransformer3DModel/5B": "fused (layer norm per head + rope interleaved)",
     "LTXVideoTransformer3DModel": ACROSS,
-    "LTX2/split": "fused (rms across heads + rope half-split)",
     "CosmosTransformer3DModel/1": "fused (rms per head + rope half-split)",
 }
 
@@ -131,19 +126,20 @@ def test_norms_and_rotations_are_gone(key: str, graphs: list[fx.GraphModule]) ->
     assert dead(gm) == []
 
 
-LEFT = (
-    "AllegroTransformer3DModel",  # three rotations, one an axis of the grid
-    "Kandinsky5Transformer3DModel",  # products with matrices of 2 x 2
-)
+_LTX2 = BY_KEY["LTX2VideoTransformer3DModel"]
+BY_KEY["LTX2/split"] = replace(_LTX2, config={**_LTX2.config, "rope_type": "split"})
+READ = {
+    "LTX2/split": "fused (rms across heads + rope half-split)",
+    "CogVideoXTransformer3DModel/2B": "fused (layer norm per head)",
+    "AllegroTransformer3DModel": "not fused: ",  # three rotations, one an axis of the grid
+    "Kandinsky5Transformer3DModel": "not fused: ",  # products with matrices of 2 x 2
+}
 
 
-@pytest.mark.parametrize("key", LEFT)
-def test_what_is_not_understood_is_left_with_the_reason(key: str) -> None:
-    grid = (3, 4, 5)
-    with torch.no_grad():
-        error, prologues = run(BY_KEY[key].build(grid), **BY_KEY[key].inputs(grid))
-    assert error <= 10 * SAME
-    assert all(p.startswith("not fused: ") for p in prologues), prologues
+@pytest.mark.parametrize("key", READ)
+def test_what_is_read(key: str) -> None:
+    found = [site.prologue for site in analyse(BY_KEY[key], (3, 4, 5)).sites if site.replaced]
+    assert found and all(said.startswith(READ[key]) for said in found), found
 
 
 # ---- spellings
@@ -310,7 +306,23 @@ def tokens_written(layer: Layer, x: Tensor, side: str) -> Tensor:
     return x
 
 
-SPELLINGS: dict[str, tuple[Callable[..., Tensor], str]] = {
+def negated_table(layer: Layer, x: Tensor, side: str) -> Tensor:
+    x = split(x)
+    cos, sin = cos_sin(x)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * -sin, a * sin + b * cos], dim=-1)
+
+
+def learned_tables(layer: Layer, x: Tensor, side: str) -> Tensor:
+    x = rms(layer, x, side)
+    cos, sin = layer.learned.cos()[None, None], layer.learned.sin()[None, None]
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+Spellings = dict[str, tuple[Callable[..., Tensor], str]]
+
+SPELLINGS: Spellings = {
     "rms": (rms, "rms per head"),
     "rms across heads": (rms_across, "rms across heads"),
     "rms written out": (rms_written, "rms per head"),
@@ -330,26 +342,31 @@ SPELLINGS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "before heads are split": (across_heads, "rms across heads + rope interleaved"),
     "in place": (in_place, "rms across heads + rope half-split"),
     "some tokens": (tokens_written, "layer norm per head + rope interleaved"),
+    "sin negated": (negated_table, "rope half-split"),
+    "learned tables, without a gradient": (learned_tables, "rms per head + rope half-split"),
 }
 
 
 @torch.no_grad()
-def check(layer: Layer, batch: int = 1) -> str:
-    error, (prologue,) = run(foreign.Model(layer), *foreign.arguments(batch))
-    assert error <= SAME
-    return prologue
+def check(spellings: Spellings, batch: int = 1, after: Any = None) -> dict[str, str]:
+    """Run a model with a layer of each spelling; returns what the report says of them."""
+    layers = [Layer(front, after) for front, _ in spellings.values()]
+    model = foreign.Model(layers[0])
+    model.layers = nn.ModuleList(layers)
+    error, prologues = run(model, *foreign.arguments(batch))
+    assert error <= 10 * SAME
+    return dict(zip(spellings, prologues, strict=True))
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
-def test_spellings(name: str, graphs: list[fx.GraphModule]) -> None:
-    front, expected = SPELLINGS[name]
-    assert check(Layer(front)) == f"fused ({expected})"
-    (site,) = attentions(graphs[0])
-    assert in_front(site) <= ONLY_VIEWS
+def test_spellings(graphs: list[fx.GraphModule]) -> None:
+    expected = {name: f"fused ({front})" for name, (_, front) in SPELLINGS.items()}
+    assert check(SPELLINGS) == expected
+    for name, site in zip(SPELLINGS, attentions(graphs[0]), strict=True):
+        assert in_front(site) <= ONLY_VIEWS, name
+        wide = "cos" in site.kwargs and site.kwargs["cos"].meta["example_value"].shape[-1] == DIM
+        assert wide == ("of their own" in name), "tables of one value a pair are enough"
     names = {op_name(n) for n in graphs[0].graph.nodes}
     assert not names & {"setitem", "rms_norm", "stack", "addcmul_", "view_as_complex"}
-    wide = "cos" in site.kwargs and site.kwargs["cos"].meta["example_value"].shape[-1] == DIM
-    assert wide == ("of their own" in name), "tables of one value a pair are enough"
 
 
 # ---- near misses: left alone, or fused and still right
@@ -456,7 +473,52 @@ def view_of_a_projection(layer: Layer, x: Tensor, side: str) -> Tensor:
     return x
 
 
-NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], str]] = {
+def statistic_written(layer: Layer, x: Tensor, side: str) -> Tensor:
+    x = split(x)
+    mean = x.square().mean(-1, keepdim=True)
+    mean.mul_(2.0)
+    return x * (mean + 1e-5).rsqrt()
+
+
+def one_angle(layer: Layer, x: Tensor, side: str) -> Tensor:
+    """The same for all channels of a head."""
+    x = split(x)
+    cos, sin = (t[..., 3:4] for t in cos_sin(x))
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def tokens_of_all(layer: Layer, x: Tensor, side: str) -> Tensor:
+    """Tokens of all batch elements in one axis, in the table too."""
+    x = x.reshape(-1, HEADS, DIM)
+    angle = angles(len(x))[:, None]
+    a, b = x.chunk(2, dim=-1)
+    x = torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
+    return x.view(-1, 60, HEADS, DIM).transpose(1, 2)
+
+
+def middle_written(layer: Layer, x: Tensor, side: str) -> Tensor:
+    """Into channels that are neither half nor every other."""
+    x = rms(layer, x, side)
+    cos, sin = cos_sin(x)
+    a, b = x.chunk(2, dim=-1)
+    x = torch.zeros_like(x)
+    x[..., 8:24] = a * cos - b * sin
+    x[..., : DIM // 2] = a * sin + b * cos
+    return x
+
+
+def read_after_written(layer: Layer, x: Tensor, side: str) -> Tensor:
+    """The second write reads the first one's result."""
+    x = rms(layer, x, side)
+    cos, sin = cos_sin(x)
+    a, b = x[..., 0::2], x[..., 1::2]
+    x[..., 0::2] = a * cos - b * sin
+    x[..., 1::2] = a * sin + b * cos
+    return x
+
+
+NEAR_MISSES: Spellings = {
     "no epsilon": (no_epsilon, "not fused"),
     "a mean over tokens": (over_tokens, "not fused"),
     "the statistic of something else": (of_something_else, "not fused"),
@@ -473,31 +535,30 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], str]] = {
     "overwritten": (written_after, "is written in place"),
     "a table overwritten": (table_written, "is written in place"),
     "over the projection": (view_of_a_projection, "not fused"),
+    "the statistic overwritten": (statistic_written, "not fused"),
+    "one angle": (one_angle, "a part of its tokens or channels"),
+    "batch and tokens in one": (tokens_of_all, "not fused"),
+    "read after it was written": (read_after_written, "not fused"),
+    "channels in the middle": (middle_written, "a part of the channels"),
 }
 
 
-@pytest.mark.parametrize("name", NEAR_MISSES)
-def test_near_misses(name: str) -> None:
-    front, expected = NEAR_MISSES[name]
-    assert expected in check(Layer(front), batch=2)
+def test_near_misses() -> None:
+    found = check(NEAR_MISSES, batch=2)
+    wrong = {name: said for name, said in found.items() if NEAR_MISSES[name][1] not in said}
+    assert wrong == {}
 
 
 def also_read(layer: Layer, q: Tensor) -> Tensor:
     return 0.1 * join(q)
 
 
-@pytest.mark.parametrize("name", ["rms", "pairs", "written into channels", "some tokens"])
-def test_another_reader_of_the_result_gets_it(name: str) -> None:
+def test_another_reader_of_the_result_gets_it() -> None:
     """The norm and the rotation then stay for it."""
-    front, expected = SPELLINGS[name]
-    assert check(Layer(front, also_read)) == f"fused ({expected})"
-
-
-def learned_tables(layer: Layer, x: Tensor, side: str) -> Tensor:
-    x = rms(layer, x, side)
-    cos, sin = layer.learned.cos()[None, None], layer.learned.sin()[None, None]
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    names = ("rms", "pairs", "written into channels", "some tokens")
+    read = {name: SPELLINGS[name] for name in names}
+    found = check(read, after=also_read)
+    assert found == {name: f"fused ({front})" for name, (_, front) in read.items()}
 
 
 def test_tables_with_a_gradient_stay() -> None:
@@ -506,7 +567,6 @@ def test_tables_with_a_gradient_stay() -> None:
     error, (prologue,) = run(foreign.Model(layer), *foreign.arguments())
     assert error <= SAME
     assert "has a gradient" in prologue
-    assert check(Layer(learned_tables)) == "fused (rms per head + rope half-split)"
 
 
 def test_options_decide(graphs: list[fx.GraphModule]) -> None:
@@ -537,22 +597,29 @@ LATER = [
 ]
 
 
-@settings(max_examples=15)
-@given(
-    st.sampled_from(NORMS),
-    st.lists(st.sampled_from([*TURNS, *LATER]), max_size=3),
-    st.booleans(),
-)
-def test_whatever_stands_in_front_is_right(norm: Any, steps: list[Any], keys_alike: bool) -> None:
+@st.composite
+def fronts(draw: st.DrawFn) -> Callable[..., Tensor]:
+    norm = draw(st.sampled_from(NORMS))
+    steps = draw(st.lists(st.sampled_from([*TURNS, *LATER]), max_size=3))
+    keys_alike = draw(st.booleans())
+
     def front(layer: Layer, x: Tensor, side: str) -> Tensor:
         y = norm(layer, x, side)
         for step in steps if side == "q" or keys_alike else steps[:-1]:
             y = step(y)
         return y
 
+    return front
+
+
+@settings(max_examples=3)
+@given(st.lists(fronts(), min_size=5, max_size=5))
+def test_whatever_stands_in_front_is_right(found: list[Callable[..., Tensor]]) -> None:
+    model = foreign.Model(Layer(found[0]))
+    model.layers = nn.ModuleList(map(Layer, found))
     torch._dynamo.reset()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some of it is taken for two sequences, and stays dense
-        error, prologues = run(foreign.Model(Layer(front)), *foreign.arguments())
-    assert error <= SAME
+        error, prologues = run(model, *foreign.arguments())
+    assert error <= 10 * SAME
     assert all(p.startswith(("fused (", "not fused: ")) for p in prologues)
