@@ -200,20 +200,20 @@ class Heads(NamedTuple):
 
     dtype: Dtype
     visits: Array
-    count: int
+    number: int
 
 
 def load_of(heads: Iterable[Heads], tokens: int, head_dim: int, element: int = 2) -> Load:
     """The load of some heads, on a sequence of so many tokens. element: bytes of a number in q."""
     found: dict[Dtype, dict[int, int]] = {}
     moved = 0.0
-    for dtype, visits, count in heads:
+    for dtype, visits, number in heads:
         counts = found.setdefault(dtype, {})
         for length, n in zip(*np.unique(visits, return_counts=True), strict=True):
-            counts[int(length)] = counts.get(int(length), 0) + int(n) * count
+            counts[int(length)] = counts.get(int(length), 0) + int(n) * number
         # q, k, v are read and written; of FP8 cells, k and v are read once more for their scales.
         passes = 5 * element + 3 if dtype == "fp8" else 6 * element
-        moved += float(passes * tokens * head_dim * count)
+        moved += float(passes * tokens * head_dim * number)
     items: dict[Dtype, tuple[Array, Array]] = {
         dtype: (np.array(list(counts), np.int64), np.array(list(counts.values()), np.int64))
         for dtype, counts in found.items()

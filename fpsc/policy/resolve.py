@@ -327,8 +327,8 @@ def _sweep(ptr: np.ndarray, idx: np.ndarray, layout: Layout) -> np.ndarray:
     """[n_tiles]: when a sweep comes to each tile of video; to text at the end."""
     grid, video = np.array(layout.tile_grid), layout.video_tiles
     middle = video.start + int(np.ravel_multi_index(tuple(grid // 2), tuple(grid)))
-    seen = idx[ptr[middle] : ptr[middle + 1]] - video.start
-    seen = np.unravel_index(seen[(seen >= 0) & (seen < len(video))], tuple(grid))
+    keys = idx[ptr[middle] : ptr[middle + 1]] - video.start
+    seen = np.unravel_index(keys[(keys >= 0) & (keys < len(video))], tuple(grid))
     parts = [(axis.max() - axis.min() + 1) / n for axis, n in zip(seen, grid, strict=True)]
     axes = np.argsort(parts, kind="stable")
     places = np.indices(tuple(grid)).reshape(3, -1)[axes]

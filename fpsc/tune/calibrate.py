@@ -288,21 +288,19 @@ class _Work:
                 tile=instrument.layout.tile,
                 tell=self.tell,
             )
-            if measured.refusal is not None:
-                raise UserError(
-                    f"the cost of a mode cannot be predicted on {measured.device}: "
-                    f"{measured.refusal}. Go on when nothing else runs here, or count pairs with "
-                    "--cost pairs --fresh"
+            if measured.refusal is None:
+                found = cost.on_device(
+                    self.candidates,
+                    list(lengths),
+                    measured,
+                    shape,
+                    element=dtype.itemsize,
+                    layers=layers,
+                    forward_seconds=statistics.median(call.seconds for call in calls),
                 )
-            found = cost.on_device(
-                self.candidates,
-                lengths,
-                measured,
-                shape,
-                element=dtype.itemsize,
-                layers=layers,
-                forward_seconds=statistics.median(call.seconds for call in calls),
-            )
+            else:
+                self.tell(f"times of {measured.device} are not used: {measured.refusal}")
+                found = cost.counted(self.candidates, pairs, refused=measured.refusal)
         self.parts.note("cost.json", found.model_dump(mode="json"))
         return found
 

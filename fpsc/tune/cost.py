@@ -24,6 +24,7 @@ class Cost(BaseModel):
         heads: by candidate.
         rest: seconds of all else in a forward; 0 where it was not measured.
         device: what the seconds are predicted by; None where they are counted.
+        refused: why they are counted though they were measured; "" where they were not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,14 +32,15 @@ class Cost(BaseModel):
     heads: tuple[float, ...]
     rest: float = 0.0
     device: DeviceCost | None = None
+    refused: str = ""
 
 
-def counted(candidates: Policy, pairs: Sequence[float]) -> Cost:
+def counted(candidates: Policy, pairs: Sequence[float], *, refused: str = "") -> Cost:
     """By visited pairs alone: the same on every machine."""
     modes = candidates.modes.values()
     factors = [FP8_PAIR if mode.dtype == "fp8" else 1.0 for mode in modes]
     heads = tuple(float(p * f) for p, f in zip(pairs, factors, strict=True))
-    return Cost(kind="pairs", heads=heads)
+    return Cost(kind="pairs", heads=heads, refused=refused)
 
 
 def on_device(

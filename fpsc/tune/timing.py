@@ -57,7 +57,7 @@ def device_cost(
     """
     tell("timing the attention")
     kinds: tuple[Dtype, ...] = ("bf16", "fp8") if fp8 else ("bf16",)
-    x = random_qkv(shape, dtype, device, seed=0)
+    q, k, v = random_qkv(shape, dtype, device, seed=0)
     points: dict[str, tuple[Load, bool]] = {}
     works: dict[str, Work] = {}
     for kind in kinds:
@@ -70,10 +70,10 @@ def device_cost(
                 name = f"{kind}, keep {keep:g}, {heads} heads"
                 load = [Heads(kind, lengths, shape.batch * heads)]
                 points[name] = (
-                    load_of(load, shape.tokens, shape.head_dim, x[0].element_size()),
+                    load_of(load, shape.tokens, shape.head_dim, q.element_size()),
                     keep in HELD_OUT,
                 )
-                works[name] = partial(op, *(each[:, :heads] for each in x))
+                works[name] = partial(op, q[:, :heads], k[:, :heads], v[:, :heads])
     works[COPY], moved = copy_of(device)
 
     def on_round(done: int, total: int) -> None:

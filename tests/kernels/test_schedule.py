@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fpsc.grid import layout
 from fpsc.kernels.gluon.launch import CLASSES, COLUMNS
-from fpsc.kernels.triton import attention, interpreter, prologue, schedule
+from fpsc.kernels.triton import attention, configs, interpreter, prologue, schedule
 from fpsc.kernels.triton.launch import launch
 from fpsc.policy.patterns import Pattern, lists
 from tests.kernels.cases import NEAR, NEAR_FP8, qkv, resolved, tables
@@ -121,6 +122,18 @@ def test_text_does_not_fall_to_one_program(programs: int) -> None:
     by_head = torch.tensor([lengths[p][t] for p in (0, 1, 0, 1, 1, 0, 0) for t in range(tiles)])
     before = torch.stack([by_head[w::programs].sum() for w in range(programs)])
     assert before.max() - before.min() > 3 * visits.max()
+
+
+def test_programs_and_items_of_a_head_share_no_large_factor() -> None:
+    assert configs.programs(132, 600) == 132 and configs.programs(132, 992) == 132
+    assert [configs.programs(132, n * 132) for n in (1, 4, 5)] == [131, 131, 131]
+    assert configs.programs(132, 131 * 132) == 130
+    assert configs.programs(3, 9) == 3 and configs.programs(1, 5) == 1
+    for multiprocessors in (108, 114, 132, 142, 148, 170, 188):
+        for items in range(1, 3000):
+            found = configs.programs(multiprocessors, items)
+            assert multiprocessors - 8 < found <= multiprocessors
+            assert math.gcd(found, items) <= configs.COMMON
 
 
 def test_lists_of_a_joint_sequence_have_two_lengths() -> None:

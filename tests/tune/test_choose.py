@@ -215,6 +215,16 @@ def test_costs_of_a_device_leave_the_rest_of_a_forward() -> None:
     assert by_name["dense-fp8"] == by_name["dense"] and found.rest == 0
 
 
+def test_times_that_were_refused_bound_nothing() -> None:
+    policy = modes.policy(CANDIDATES, tile=TILE)
+    keep = [1.0 if m.keep is None else m.keep for m in policy.modes.values()]
+    calibration = made(cost=cost.counted(policy, keep, refused="wrong by 60%"))
+    for text in ("attention=0.4", "time=0.6", "attention=3s"):
+        with pytest.raises(UserError, match=r"not used: wrong by 60%\. Calibrate again"):
+            choose.choose(calibration, parse(text))
+    assert choose.choose(calibration, parse("keep=0.5")).predicted.time is None
+
+
 def test_what_an_error_counts_depends_on_its_size() -> None:
     calibration = made()
     at, gain = calibration.anchors
