@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from fpsc.bench.op import Shape
 from fpsc.cost import DeviceCost, Dtype, Heads, load_of
 from fpsc.policy import Policy
+
+if TYPE_CHECKING:  # it brings the compiler, which solving does not wait for
+    from fpsc.bench.op import Shape
 
 FP8_PAIR = 0.5
 """What a pair costs in FP8 where costs are counted: tensor cores have twice the throughput."""
