@@ -1,4 +1,5 @@
-"""Part 5: the kernels of one call apart, and the memory that training holds until backward."""
+"""Part 5: the kernels of one call apart, what predicts the time of a call, and the memory that
+training holds until backward."""
 
 from __future__ import annotations
 
@@ -15,12 +16,17 @@ from bench.gpu.problem import Op, Shape, random_qkv
 from bench.gpu.profiler import NAME, Kernel, executions, profiled
 from bench.gpu.run import Case, Record, Setup
 from bench.gpu.timings import WAN_14B
+from fpsc.bench.measure import Effort
+from fpsc.bench.op import Shape as Layer
+from fpsc.tune.timing import device_cost
 
 MAIN = ("attend", "query_gradients", "key_gradients")
 """The kernels with the attention's products. What else starts before the last of them is prologue,
 what starts after it epilogue. All are listed by name."""
 
 CALLS = 7
+SECONDS = 40.0
+"""Of timing for the device's cost, beside compilation."""
 JOINT = Shape((21, 45, 80), 24, text=256)
 SMALL = Shape((21, 30, 52), 12)
 
@@ -29,6 +35,7 @@ def cases(setup: Setup) -> Iterator[Case]:
     for keep in (0.125, 1.0, 0.25):
         yield f"forward apart: {WAN_14B}, keep {keep:g}", partial(case, setup, WAN_14B, keep, False)
     yield f"memory: {WAN_14B}", partial(memory, setup, WAN_14B)
+    yield f"cost of the device: {WAN_14B}", partial(cost, setup, WAN_14B)
     yield f"backward apart: {WAN_14B}, keep 0.25", partial(case, setup, WAN_14B, 0.25, True)
     for shape in (JOINT, SMALL):
         for backward in (False, True):
@@ -93,6 +100,21 @@ def by_name(kernels: list[Kernel]) -> dict[str, float]:
     for kernel in kernels:
         found[kernel.name[:NAME]] += kernel.length / 1e3
     return found
+
+
+def cost(setup: Setup, shape: Shape) -> Record:
+    """The model of `fpsc.cost`, with every time and what is predicted of it; wrong where it does
+    not predict what was held out."""
+    layer = Layer(shape.grid, shape.heads, shape.dim, suffix=shape.text)
+    found = device_cost(
+        layer,
+        device=setup.device,
+        dtype=torch.bfloat16,
+        fp8=True,
+        effort=Effort(rounds=9, seconds=SECONDS),
+    )
+    problems = [found.refusal] if found.refusal else []
+    return {"problems": problems, "cost": found.model_dump(mode="json"), "says": str(found)}
 
 
 def memory(setup: Setup, shape: Shape) -> Record:

@@ -1,7 +1,8 @@
 """What a policy saves: keep and work of every phase, layer and head, and attention's share in it.
 
 Counted, not measured: from the lists that the kernels walk, a product of [m, k] and [k, n] taken as
-2 m k n operations. What a device makes of an operation less, or of one in FP8, is another question.
+2 m k n operations. What a device makes of an operation less, or of one in FP8, is another question,
+which `predicted` answers by a model of the device (`fpsc.cost`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..cost import DeviceCost, Dtype, Heads, load_of
 from ..grid import BLOCK, Layout, layout
 from .load import Policy
 from .models import ModelSize
@@ -152,6 +154,63 @@ def account(policy: Policy, size: ModelSize, levels: Sequence[float] = ()) -> Ac
         other_flops=size.other_flops,
         rows_of_steps=[table.row_of(level) for level in levels],
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """Seconds of the attention of one forward of one clip, its prologue included.
+
+    Attributes:
+        rows: [rows], of the policy. dense: of every head dense, in the input's dtype.
+        modes: of a layer with one mode in all heads, as a part of a dense one, by name.
+    """
+
+    device: DeviceCost
+    rows: Array
+    dense: float
+    modes: dict[str, float]
+
+    @property
+    def slower(self) -> list[str]:
+        """Modes that visit fewer tiles or use FP8, and take longer than the dense one all the
+        same."""
+        return [name for name, part in self.modes.items() if part > 1]
+
+
+def predicted(account: Account, device: DeviceCost) -> Predicted:
+    """What a policy takes on a device.
+
+    Raises:
+        ValueError: the device's model is of another head dim, or knows no FP8 cells.
+    """
+    table, size = account.table, account.size
+    ptr, tokens = account.plan.list_ptr.numpy(), account.plan.layout.tokens
+    patterns, dtypes = table.modes[:, 0].numpy(), table.modes[:, 1].numpy()
+    names: tuple[Dtype, ...] = ("bf16", "fp8")
+
+    def layer(heads: Sequence[Heads]) -> float:
+        return device.seconds(load_of(heads, tokens, size.head_dim))
+
+    def of_mode(mode: int, count: int) -> Heads:
+        return Heads(names[dtypes[mode]], np.diff(ptr[patterns[mode]]), count)
+
+    tiles = account.plan.layout.n_tiles
+    dense = layer([Heads("bf16", np.full(tiles, tiles), size.heads)])
+    seconds = np.zeros(account.rows)
+    known: dict[bytes, float] = {}  # layers that have the same modes equally often
+    for row in range(account.rows):
+        for cells in table.cells[:, row].numpy():
+            counts = np.bincount(cells, minlength=len(table.mode_names))
+            key = counts.tobytes()
+            if key not in known:
+                heads = [of_mode(int(m), int(counts[m])) for m in np.flatnonzero(counts)]
+                known[key] = layer(heads) if account.applies else dense
+            seconds[row] += known[key]
+    modes = {
+        name: layer([of_mode(mode, size.heads)]) / dense
+        for mode, name in enumerate(table.mode_names)
+    }
+    return Predicted(device, seconds, dense * size.layers, modes)
 
 
 def visits(found: Plan, tiles: Layout) -> tuple[Array, Array, Array]:

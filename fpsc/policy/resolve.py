@@ -187,8 +187,8 @@ class Plan:
         list_idx: int32 [nnz], key tiles, ascending in each list.
         back_ptr, back_idx: their transpose, of the same shapes: the query tiles that see key tile
             w are back_idx[back_ptr[p, w]:back_ptr[p, w + 1]], ascending.
-        order: int32 [PATTERNS, n_tiles], the tiles of a pattern, longer lists first. Lengths count
-            in powers of two, so that neighbours of about equal length stay neighbours.
+        order: int32 [PATTERNS, n_tiles], the tiles of a pattern in the order in which a GPU takes
+            them up, see `work_order`.
         groups: int32 [GROUPINGS, n_tiles], for each tile the first tile of the group that it shares
             its scales with. Row 0: every tile its own; padding repeats the last grouping.
         keep: float32 [MODES], the fraction of the video key tiles that a video query tile sees,
@@ -295,6 +295,7 @@ def plan(policy: Policy, layout: Layout) -> Plan:
     csr = [(ptr.numpy(), idx.numpy()) for ptr, idx in pairs]
     back = [transposed(ptr, idx) for ptr, idx in csr]
     ptr = np.stack([ptr for ptr, _ in csr])
+    orders = np.stack([work_order(ptr, idx, layout) for ptr, idx in csr])
     groups = np.stack([groups_of(grouping, layout) for grouping in _groupings(policy)])
     return Plan(
         layout=layout,
@@ -304,20 +305,36 @@ def plan(policy: Policy, layout: Layout) -> Plan:
         list_idx=from_numpy(np.concatenate([idx for _, idx in csr])),
         back_ptr=from_numpy(_padded(np.stack([ptr for ptr, _ in back]) + starts, PATTERNS)),
         back_idx=from_numpy(np.concatenate([idx for _, idx in back])),
-        order=from_numpy(_padded(longest_first(ptr), PATTERNS)),
+        order=from_numpy(_padded(orders, PATTERNS)),
         groups=from_numpy(_padded(groups, GROUPINGS)),
         keep=from_numpy(keep),
     )
 
 
-def longest_first(ptr: np.ndarray) -> np.ndarray:
-    """The tiles of every pattern, long lists first: [patterns, tiles + 1] -> [patterns, tiles].
+def work_order(ptr: np.ndarray, idx: np.ndarray, layout: Layout) -> np.ndarray:
+    """int32 [n_tiles]: the tiles of one pattern in the order in which a GPU takes them up.
 
-    Sorted by the bit length of the lengths, so that neighbours within such a class stay neighbours,
-    whose keys are in the cache.
+    Long lists first, by the bit length of their lengths. Within such a class a sweep through the
+    video: slowest along the axis of which a tile sees the smallest part, then the next. What those
+    tiles that are taken up together see is then a thin slab of the video, and moves on with them:
+    most of it is in the cache (bench/l2.py).
     """
-    _, bits = np.frexp(np.diff(ptr, axis=-1))
-    return np.argsort(-bits, axis=-1, kind="stable").astype(np.int32)
+    _, bits = np.frexp(np.diff(ptr))
+    return np.lexsort((_sweep(ptr, idx, layout), -bits)).astype(np.int32)
+
+
+def _sweep(ptr: np.ndarray, idx: np.ndarray, layout: Layout) -> np.ndarray:
+    """[n_tiles]: when a sweep comes to each tile of video; to text at the end."""
+    grid, video = np.array(layout.tile_grid), layout.video_tiles
+    middle = video.start + int(np.ravel_multi_index(tuple(grid // 2), tuple(grid)))
+    keys = idx[ptr[middle] : ptr[middle + 1]] - video.start
+    seen = np.unravel_index(keys[(keys >= 0) & (keys < len(video))], tuple(grid))
+    parts = [(axis.max() - axis.min() + 1) / n for axis, n in zip(seen, grid, strict=True)]
+    axes = np.argsort(parts, kind="stable")
+    places = np.indices(tuple(grid)).reshape(3, -1)[axes]
+    found = np.full(layout.n_tiles, layout.n_tiles)
+    found[video.start : video.stop] = np.ravel_multi_index(tuple(places), tuple(grid[axes]))
+    return found
 
 
 def transposed(ptr: np.ndarray, idx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -68,6 +68,17 @@ def parse(text: str) -> Budget:
     return Budget(kind, value, bool(match[3]))
 
 
+def check(calibration: Calibration, budget: Budget) -> None:
+    """Raises: UserError, where a budget counts times, and those that were taken were refused."""
+    refused = calibration.run.cost.refused
+    if refused and budget.kind in ("attention", "time"):
+        raise UserError(
+            f"--budget {budget} needs times of this device, and those that were taken are not "
+            f"used: {refused}. Calibrate again with --fresh on an idle machine, count with --cost "
+            "pairs, or set a budget of keep"
+        )
+
+
 def unit_costs(calibration: Calibration, kind: Kind) -> tuple[np.ndarray, float]:
     """([bins, modes], constant): what one cell costs in each mode, and what all else does, in such
     units that the sum over the cells of a dense run and the constant are 1.

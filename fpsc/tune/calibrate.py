@@ -230,8 +230,10 @@ class _Work:
         layout = instrument.layout
         table = resolve(self.candidates, layers=1, heads=1, fp8=True)
         patterns = table.modes[: len(self.candidates.modes), 0].numpy()
-        keep, pairs, _ = (x[patterns] for x in visits(plan(self.candidates, layout), layout))
+        lists = plan(self.candidates, layout)
+        keep, pairs, _ = (x[patterns] for x in visits(lists, layout))
         pairs = pairs / layout.tokens**2
+        lengths = lists.list_ptr.diff(dim=1).numpy()[patterns]
         heads, head_dim = instrument.query[1], instrument.query[3]
         layers = instrument.state.layers
         device = next(self.subject.model.parameters()).device
@@ -255,7 +257,7 @@ class _Work:
             references=modes.references(self.candidates, layout.grid),
             keep=tuple(keep.tolist()),
             pairs=tuple(pairs.tolist()),
-            cost=self._cost(instrument, pairs, shape, layers, calls),
+            cost=self._cost(instrument, pairs, lengths, shape, layers, calls),
         )
         self.parts.note(RUN, run.model_dump(mode="json"))
         return run
@@ -264,10 +266,12 @@ class _Work:
         self,
         instrument: Instrument,
         pairs: Sequence[float],
+        lengths: np.ndarray,
         shape: Shape,
         layers: int,
         calls: Sequence[Call],
     ) -> cost.Cost:
+        """What the candidates cost. lengths: [candidates, tiles], of the query tiles' lists."""
         known = self.parts.facts("cost.json")
         if known is not None:
             return cost.Cost.model_validate(known)
@@ -275,17 +279,28 @@ class _Work:
             found = cost.counted(self.candidates, pairs)
         else:
             device = next(self.subject.model.parameters()).device
-            found = timing.measured(
-                self.candidates,
-                pairs,
+            dtype = _dtype(self.subject.model)
+            measured = timing.device_cost(
                 shape,
-                layers=layers,
                 device=device,
-                dtype=_dtype(self.subject.model),
+                dtype=dtype,
                 fp8=instrument.state.runs_fp8(device),
-                forward_seconds=statistics.median(call.seconds for call in calls),
+                tile=instrument.layout.tile,
                 tell=self.tell,
             )
+            if measured.refusal is None:
+                found = cost.on_device(
+                    self.candidates,
+                    list(lengths),
+                    measured,
+                    shape,
+                    element=dtype.itemsize,
+                    layers=layers,
+                    forward_seconds=statistics.median(call.seconds for call in calls),
+                )
+            else:
+                self.tell(f"times of {measured.device} are not used: {measured.refusal}")
+                found = cost.counted(self.candidates, pairs, refused=measured.refusal)
         self.parts.note("cost.json", found.model_dump(mode="json"))
         return found
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fpsc.errors import UserError
 from fpsc.tune import phases, predict, solve
-from fpsc.tune.budget import Budget, dense_seconds, limit_of, unit_costs
+from fpsc.tune.budget import Budget, check, dense_seconds, limit_of, unit_costs
 from fpsc.tune.phases import Phases
 from fpsc.tune.predict import Prediction
 from fpsc.tune.record import Calibration
@@ -76,6 +76,7 @@ def choose(
     Raises:
         UserError: no choice keeps the budget; names the nearest one that can be kept.
     """
+    check(calibration, budget)
     by_error = budget.kind == "error"
     gains = calibration.largest_gains if by_error else calibration.gains
     best: tuple[float, Array, Array, float] | None = None  # error, gains, choice, gap

@@ -1,30 +1,21 @@
-"""What a mode costs: its pairs of query and key counted, or a line fitted to times (`timing`)."""
+"""What a mode costs: its pairs of query and key counted, or seconds by `fpsc.cost`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from fpsc.cost import DeviceCost, Dtype, Heads, load_of
 from fpsc.policy import Policy
+
+if TYPE_CHECKING:  # it brings the compiler, which solving does not wait for
+    from fpsc.bench.op import Shape
 
 FP8_PAIR = 0.5
 """What a pair costs in FP8 where costs are counted: tensor cores have twice the throughput."""
-
-
-class Line(BaseModel):
-    """Seconds of one layer: overhead + factor * fraction of all pairs visited.
-
-    points: (fraction, seconds) that it was fitted to. worst: largest relative error there.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    overhead: float
-    factor: float
-    points: tuple[tuple[float, float], ...]
-    worst: float
 
 
 class Cost(BaseModel):
@@ -34,56 +25,56 @@ class Cost(BaseModel):
         kind: `pairs` where it is counted, in units of the dense head; `measured` in seconds.
         heads: by candidate.
         rest: seconds of all else in a forward; 0 where it was not measured.
-        lines: the fits, by dtype.
+        device: what the seconds are predicted by; None where they are counted.
+        refused: why they are counted though they were measured; "" where they were not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["pairs", "measured"]
     heads: tuple[float, ...]
     rest: float = 0.0
-    lines: dict[str, Line] = {}
+    device: DeviceCost | None = None
+    refused: str = ""
 
 
-def counted(candidates: Policy, pairs: Sequence[float]) -> Cost:
+def counted(candidates: Policy, pairs: Sequence[float], *, refused: str = "") -> Cost:
     """By visited pairs alone: the same on every machine."""
     modes = candidates.modes.values()
     factors = [FP8_PAIR if mode.dtype == "fp8" else 1.0 for mode in modes]
     heads = tuple(float(p * f) for p, f in zip(pairs, factors, strict=True))
-    return Cost(kind="pairs", heads=heads)
+    return Cost(kind="pairs", heads=heads, refused=refused)
 
 
-def of_times(
+def on_device(
     candidates: Policy,
-    pairs: Sequence[float],
-    points: Mapping[str, Sequence[tuple[float, float]]],
-    heads: int,
+    visits: Sequence[np.ndarray],
+    device: DeviceCost,
+    shape: Shape,
+    *,
+    element: int,
     layers: int,
     forward_seconds: float,
 ) -> Cost:
-    """The cost that timed points (fraction of pairs, seconds of a layer) lead to, by dtype."""
-    lines = {kind: fit(found) for kind, found in points.items()}
-    seconds = []
-    for mode, fraction in zip(candidates.modes.values(), pairs, strict=True):
-        line = lines.get(mode.dtype, lines["bf16"])
-        seconds.append((line.overhead + line.factor * fraction) / heads)
-    attention = layers * (lines["bf16"].overhead + lines["bf16"].factor)
-    rest = max(forward_seconds - attention, 0.0)
-    return Cost(kind="measured", heads=tuple(seconds), rest=rest, lines=lines)
+    """The cost that a device's model gives: of a layer whose heads all have one mode, a head's
+    share. What a mixture of modes gains by filling each other's gaps is not in it.
 
+    Args:
+        visits: by candidate, the length of every query tile's list.
+        shape: of one layer's attention. element: bytes of a number in it.
+        forward_seconds: of one dense forward, of which `layers` dense attentions are a part.
+    """
+    of_all = shape.batch * shape.heads
 
-def fit(points: Sequence[tuple[float, float]]) -> Line:
-    """overhead + factor * x of least relative squares, neither of them negative."""
-    x, y = (np.array(column, np.float64) for column in zip(*points, strict=True))
-    columns = np.stack([1 / y, x / y], axis=1)
-    (overhead, factor), *_ = np.linalg.lstsq(columns, np.ones_like(y), rcond=None)
-    if overhead < 0 or factor < 0:  # the best that one of them does alone
-        alone = [float(c.sum() / (c * c).sum()) for c in columns.T]
-        errors = [float(((a * c - 1) ** 2).sum()) for a, c in zip(alone, columns.T, strict=True)]
-        overhead, factor = (alone[0], 0.0) if errors[0] < errors[1] else (0.0, alone[1])
-    worst = float(np.abs((overhead + factor * x) / y - 1).max())
-    return Line(
-        overhead=float(overhead),
-        factor=float(factor),
-        points=tuple((float(a), float(b)) for a, b in points),
-        worst=worst,
-    )
+    def layer(dtype: Dtype, lengths: np.ndarray) -> float:
+        where = dtype if dtype in device.kinds else "bf16"  # so does what the device runs
+        heads = [Heads(where, lengths, of_all)]
+        return device.seconds(load_of(heads, shape.tokens, shape.head_dim, element))
+
+    found = [
+        layer(mode.dtype, lengths) / shape.heads
+        for mode, lengths in zip(candidates.modes.values(), visits, strict=True)
+    ]
+    tiles = max(len(lengths) for lengths in visits)
+    dense = layer("bf16", np.full(tiles, tiles))
+    rest = max(forward_seconds - layers * dense, 0.0)
+    return Cost(kind="measured", heads=tuple(found), rest=rest, device=device)

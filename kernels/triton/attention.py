@@ -237,7 +237,8 @@ def _attend(
             return
         items = B * H * TILES * (BLOCK // config.BM)
         if config.persistent:
-            items = min(items, tune.multiprocessors(device))
+            of_head = TILES * (BLOCK // config.BM)
+            items = min(items, configs.programs(tune.multiprocessors(device), of_head))
         launch(
             forward_kernels.attend, (items,),
             *tiles, saved.q_scale if saved else None, meta.view(torch.int64),

@@ -9,10 +9,14 @@ This module knows no torch, so that the kernels can be compiled ahead of time wi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 BLOCK = 128
+
+COMMON = 12
+"""Largest factor that programs and items of a head may share: 132 and the 600 of 720p have it."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,17 @@ def permutes_v(capability: tuple[int, int]) -> bool:
     It saves 50 of 580 instructions a tile; with specialised warps, on Hopper, it would spill.
     """
     return capability != (9, 0)
+
+
+def programs(multiprocessors: int, items: int) -> int:
+    """Of a persistent kernel that takes every n-th item, where each head has so many.
+
+    If they were a multiple of n, the same program would have the first item of every head: a tile
+    of text, if there is any, ten times as long as others (`bench/l2.py`). A few programs less then
+    cost less.
+    """
+    few = range(multiprocessors, max(multiprocessors - 8, 0), -1)
+    return next((n for n in few if math.gcd(n, items) <= COMMON), multiprocessors)
 
 
 def candidates(

@@ -25,6 +25,7 @@ from bench.gpu.stopwatch import quartiles, ratio
 from bench.gpu.summary import MISSED, NOT_MEASURED, PASS, marks, summarise
 from bench.gpu.timings import Trial, compared
 from fpsc.bench.record import Role
+from fpsc.cost import DeviceCost, Kind, Point
 from tests.bench import records
 
 CPU = run.Setup(torch.device("cpu"), smoke=True)
@@ -379,6 +380,11 @@ def test_every_case_of_the_measuring_parts_runs(monkeypatch, tmp_path):
     """On CPU, with one small shape; times, kernels and memory are made up."""
     shape = problem.Shape((2, 8, 16), 1, 16)
     fewer_bytes = count(1000, -1)
+    point = Point(name="one", seconds=1.0, predicted=1.1, held_out=True)
+    fitted = DeviceCost(
+        device="made up", source="measured", workers=1, head_dim=16, overhead=0.0, bandwidth=1.0,
+        kinds={"fp8": Kind(item=0.0, tile=1.0)}, points=(point,),
+    )  # fmt: skip
     kernels = [Kernel("quantise", 0, 50.0), Kernel("attend", 1, 900.0)]
     for module, name, value in (
         (timings, "WAN_14B", shape),
@@ -399,6 +405,7 @@ def test_every_case_of_the_measuring_parts_runs(monkeypatch, tmp_path):
         (profile, "CALLS", 2),
         (profile, "profiled", lambda cuda: nullcontext()),
         (profile, "executions", lambda profile: kernels),
+        (profile, "device_cost", lambda *_, **__: fitted),
         (profile, "held", lambda shape, setup, attention: next(fewer_bytes)),
         (torch.cuda, "synchronize", lambda: None),
         (problem.Op, "visited", 256**2),

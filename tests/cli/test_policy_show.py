@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
 from fpsc.cli import app
+from fpsc.cost import DeviceCost, Kind, Point
 from fpsc.policy import find, presets, resolve
 from fpsc.policy.tables import NO_CHOICE, write
 
@@ -181,3 +183,32 @@ def test_rules_for_a_larger_model_say_how_to_give_the_sizes(tmp_path: Path) -> N
     assert result.exit_code == 2
     assert "layer 55 does not exist" in result.stderr and "--layers" in result.stderr
     assert run("show", path, "--layers", "60").exit_code == 0
+
+
+COST = DeviceCost(
+    device="a GPU", source="measured", workers=8, head_dim=128, overhead=0.0, bandwidth=1e30,
+    kinds={"bf16": Kind(item=0.0, tile=1e-6), "fp8": Kind(item=5e-4, tile=1e-6)},
+    points=(Point(name="one", seconds=1.0, predicted=1.04, held_out=True),),
+)  # fmt: skip
+
+
+def test_times_are_predicted_by_a_measured_device(mine: Path, tmp_path: Path) -> None:
+    file = tmp_path / "device.json"
+    COST.save(file)
+    found = answer("show", mine, *SIZES, *RUN, "--cost", file)["predicted"]
+    assert (found["device"], found["source"]) == ("a GPU", "measured")
+    assert found["held_out_error"] == pytest.approx(0.04)
+    dense, near = found["seconds_of_phases"][0], found["seconds_of_phases"][1]
+    assert dense == found["dense_seconds"] and near > dense > 0
+    text = run("show", mine, *SIZES, *RUN, "--cost", file).output
+    assert "predicted of attention on a GPU: measured, held-out error 4.0%" in text
+    assert "near: predicted to take" in text and "box: predicted" not in text
+    assert answer("show", mine, *SIZES, *RUN)["predicted"] is None
+
+
+def test_no_times_where_nothing_is_known(mine: Path, tmp_path: Path) -> None:
+    result = run("show", mine, *SIZES, "--cost", tmp_path / "none.json")
+    assert result.exit_code == 2 and "fpsc bench device" in result.output
+    if not torch.cuda.is_available():
+        result = run("show", mine, *SIZES, "--cost", "roofline")
+        assert result.exit_code == 2 and "sees no GPU" in result.output

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fpsc.grid import TokenGrid, layout
 from fpsc.policy.patterns import Pattern, lists
-from fpsc.policy.resolve import groups_of, longest_first, transposed
+from fpsc.policy.resolve import groups_of, transposed, work_order
 from fpsc.policy.values import QKScales
 
 PATTERNS = (
@@ -72,12 +72,13 @@ def tables(
 ) -> Tables:
     """heads: modes of all heads, one list for each batch element."""
     tiles = layout(TokenGrid(*grid), tile, prefix, suffix)
-    ptr, idx, back_ptr, back_idx, offset = [], [], [], [], 0
+    ptr, idx, back_ptr, back_idx, order, offset = [], [], [], [], [], 0
     for pattern in PATTERNS:
         one_ptr, one_idx = (x.numpy() for x in lists(pattern, tiles))
         back = transposed(one_ptr, one_idx)
         ptr.append(one_ptr + offset)
         idx.append(one_idx)
+        order.append(work_order(one_ptr, one_idx, tiles))
         back_ptr.append(back[0] + offset)
         back_idx.append(back[1])
         offset += len(one_idx)
@@ -90,7 +91,7 @@ def tables(
         list_idx=torch.from_numpy(np.concatenate(idx)),
         back_ptr=torch.from_numpy(np.stack(back_ptr)).int(),
         back_idx=torch.from_numpy(np.concatenate(back_idx)),
-        order=torch.from_numpy(longest_first(np.stack(ptr))),
+        order=torch.from_numpy(np.stack(order)),
         groups=torch.from_numpy(groups),
         gather=tiles.gather.clone(),
         valid=tiles.valid.clone(),

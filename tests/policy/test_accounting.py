@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fpsc.cost import DeviceCost, Kind
 from fpsc.grid import BLOCK, TokenGrid, layout
 from fpsc.policy import Policy, PolicyError, find
-from fpsc.policy.accounting import account
+from fpsc.policy.accounting import account, predicted
 from fpsc.policy.models import MODELS, ModelSize
 from fpsc.policy.patterns import lists
 
@@ -124,3 +125,51 @@ def test_a_720p_policy_is_counted_exactly() -> None:
     found = account(find("generic"), MODELS["wan-2.1-14b"])
     assert found.row_keep() == pytest.approx([1, 0.5, 0.35], abs=1e-12)
     assert np.unique(found.padded_flops[:, 0]) == [4 * 128 * (600 * BLOCK) ** 2]
+
+
+ONE_WORKER = DeviceCost(
+    device="made up", source="measured", workers=1, head_dim=128, overhead=1.0, bandwidth=1e30,
+    kinds={"bf16": Kind(item=0.0, tile=2.0), "fp8": Kind(item=3.0, tile=1.0)},
+)  # fmt: skip
+
+
+def test_times_are_those_of_the_lists_by_head() -> None:
+    policy = Policy.from_dict(
+        {
+            "fpsc": 1,
+            "modes": {
+                "dense": {"keep": 1.0},
+                "near": {"pattern": "near", "keep": 0.5, "dtype": "fp8"},
+                "self": {"pattern": "explicit", "offsets": [[0, 0, 0]], "dtype": "fp8"},
+            },
+            "schedule": [{"noise": "1..0.5", "use": "dense"}, {"noise": "0.5..0", "use": "near"}],
+            "except": [{"layers": [0], "heads": [1], "noise": "0.5..0", "use": "dense"}],
+            "limits": {"min_tokens": 0},
+        }
+    )
+    size = ModelSize("m", 2, 3, 128, TokenGrid(4, 16, 24))
+    counted = account(policy, size)
+    n = counted.plan.layout.n_tiles
+    seen = n * round(0.5 * n)
+    found = predicted(counted, ONE_WORKER)
+    dense_head, near_head = 2.0 * n * n, 3.0 * n + seen
+    assert found.dense == pytest.approx(2 * (1 + 3 * dense_head))
+    assert found.rows[0] == pytest.approx(found.dense)
+    expected = (1 + dense_head + 2 * near_head) + (1 + 3 * near_head)
+    assert found.rows[1] == pytest.approx(expected)
+    assert found.modes["near"] == pytest.approx((1 + 3 * near_head) / (1 + 3 * dense_head))
+    assert found.slower == []
+    # Items that cost much for what they visit: few tiles do not pay.
+    dear = ONE_WORKER.model_copy(
+        update={"kinds": {**ONE_WORKER.kinds, "fp8": Kind(item=2.5 * n, tile=1.0)}}
+    )
+    assert predicted(counted, dear).slower == ["near", "self"]
+    with pytest.raises(ValueError, match="head dim 128, and this attention has 64"):
+        predicted(account(policy, ModelSize("m", 2, 3, 64, TokenGrid(4, 16, 24))), ONE_WORKER)
+
+
+def test_a_short_video_takes_what_dense_takes() -> None:
+    size = ModelSize("m", 2, 3, 128, TokenGrid(2, 8, 8))
+    counted = account(find("wan-2.1-14b"), size)
+    found = predicted(counted, ONE_WORKER)
+    assert not counted.applies and found.rows == pytest.approx([found.dense] * counted.rows)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from fpsc.grid import layout
 from fpsc.kernels.rows import row_index
 from fpsc.policy import Policy, PolicyError, Table, find, plan, resolve
-from fpsc.policy.patterns import lists
-from fpsc.policy.resolve import GROUPINGS, MODES, PATTERNS, ROWS, kinds_of, longest_first
+from fpsc.policy.patterns import Pattern, lists
+from fpsc.policy.resolve import GROUPINGS, MODES, PATTERNS, ROWS, kinds_of, work_order
 from fpsc.policy.values import NoiseRange
 
 LAYERS, HEADS = 5, 4
@@ -346,8 +346,26 @@ def test_long_lists_come_first_in_the_order() -> None:
         assert sorted(order) == list(range(lay.n_tiles))
         assert order == sorted(order, key=lambda u: -lengths[u].bit_length())
     assert found.order[0, :3].tolist() == [0, 1, lay.n_tiles - 1], "text sees everything"
-    lengths = torch.tensor([[0, 0, 1, 3, 7, 11, 19, 27, 28]])  # of 0, 1, 2, 4, 4, 8, 8 and 1
-    assert longest_first(lengths.numpy()).tolist() == [[5, 6, 3, 4, 2, 1, 7, 0]]
+
+
+def test_tiles_of_a_class_go_along_the_axis_of_which_they_see_least() -> None:
+    lay = layout((4, 12, 16), (2, 6, 8), 5)  # a tile of text, then 2 x 2 x 2 of video
+    lengths = [1, 0, 1, 2, 4, 4, 8, 8, 1]
+    ptr, idx = np.cumsum([0, *lengths]), np.full(29, 8)  # the middle sees itself: a part of each
+    assert work_order(ptr, idx, lay).tolist() == [6, 7, 4, 5, 3, 2, 8, 0, 1]
+    lay = layout((8, 24, 40), (2, 6, 8), 130, 3)  # 4 x 4 x 5
+    video = np.arange(80)
+    t, y, x = np.unravel_index(video, (4, 4, 5))
+    for pattern, axes in (
+        (Pattern("frame"), (t, y, x)),  # one slab in time, all of the picture
+        (Pattern("column"), (x, y, t)),  # the other way round
+        (Pattern("window", window=(4, 1, 3)), (y, x, t)),
+        (Pattern("near", keep=0.3), (x, y, t)),  # a ball of tokens: 40 of them are most
+    ):
+        ptr, idx = (each.numpy() for each in lists(pattern, lay))
+        order = work_order(ptr, idx, lay)
+        expected = np.lexsort(axes[::-1])
+        assert order.tolist() == [0, 1, 82, *(2 + expected)], pattern
 
 
 def test_modes_share_scales_as_the_policy_says() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fpsc.bench.op import Shape
+from fpsc.cost import DeviceCost, Kind
 from fpsc.errors import UserError
 from fpsc.policy import Policy, resolve
 from fpsc.tune import choose, cost, landscape, modes, predict, write
@@ -15,7 +17,7 @@ from fpsc.tune.budget import parse
 from fpsc.tune.choose import Wishes
 from fpsc.tune.cost import Cost
 from fpsc.tune.record import Calibration
-from tests.tune.common import CANDIDATES, TILE, made, saved
+from tests.tune.common import CANDIDATES, GRID, TILE, made, saved
 
 TIMED = Cost(
     kind="measured",
@@ -188,25 +190,39 @@ def test_candidates() -> None:
         modes.product(("near", "frame", "column", "radial"), (0.1, 0.2, 0.3, 0.4, 0.5))
 
 
-def test_costs_are_fitted() -> None:
-    line = cost.fit([(x, 0.2 + 3 * x) for x in (0.1, 0.25, 0.5, 1)])
-    assert (line.overhead, line.factor) == pytest.approx((0.2, 3)) and line.worst < 1e-9
-    assert cost.fit([(0.1, 1.0), (1, 0.9)]).factor >= 0
-    assert cost.fit([(0.1, 0.01), (0.5, 0.3), (1, 1.0)]).overhead >= 0
-
-
-def test_measured_costs_leave_the_rest_of_a_forward() -> None:
+def test_costs_of_a_device_leave_the_rest_of_a_forward() -> None:
     policy = modes.policy(CANDIDATES, tile=TILE)
     keep = [1.0 if m.keep is None else m.keep for m in policy.modes.values()]
-    points = {
-        "bf16": [(x, 0.1 + x) for x in (0.25, 0.5, 1)],
-        "fp8": [(x, 0.1 + x / 2) for x in (0.25, 0.5, 1)],
-    }
-    found = cost.of_times(policy, keep, points, heads=2, layers=3, forward_seconds=5.0)
+    device = DeviceCost(
+        device="made up", source="measured", workers=1, head_dim=64, overhead=0.2, bandwidth=1e30,
+        kinds={"bf16": Kind(item=0.0, tile=1 / 144), "fp8": Kind(item=0.0, tile=0.5 / 144)},
+    )  # fmt: skip
+    found = cost.on_device(
+        policy, [np.full(12, round(12 * k)) for k in keep], device, Shape(GRID, 2, 64),
+        element=4, layers=3, forward_seconds=10.0,
+    )  # fmt: skip
     by_name = dict(zip(CANDIDATES, found.heads, strict=True))
-    assert by_name["dense"] == pytest.approx(0.55) and by_name["dense-fp8"] == pytest.approx(0.3)
-    assert by_name["near-0_25-fp8"] == pytest.approx((0.1 + 0.125) / 2)
-    assert found.rest == pytest.approx(5 - 3 * 1.1)
+    assert by_name["dense"] == pytest.approx(1.1) and by_name["dense-fp8"] == pytest.approx(0.6)
+    assert by_name["near-0_25-fp8"] == pytest.approx(0.1 + 0.125)
+    assert found.rest == pytest.approx(10 - 3 * 2.2) and found.device == device
+    # Where FP8 does not run as such, its cells cost what those of the input's dtype do.
+    only = device.model_copy(update={"kinds": {"bf16": device.kinds["bf16"]}})
+    found = cost.on_device(
+        policy, [np.full(12, round(12 * k)) for k in keep], only, Shape(GRID, 2, 64),
+        element=4, layers=9, forward_seconds=10.0,
+    )  # fmt: skip
+    by_name = dict(zip(CANDIDATES, found.heads, strict=True))
+    assert by_name["dense-fp8"] == by_name["dense"] and found.rest == 0
+
+
+def test_times_that_were_refused_bound_nothing() -> None:
+    policy = modes.policy(CANDIDATES, tile=TILE)
+    keep = [1.0 if m.keep is None else m.keep for m in policy.modes.values()]
+    calibration = made(cost=cost.counted(policy, keep, refused="wrong by 60%"))
+    for text in ("attention=0.4", "time=0.6", "attention=3s"):
+        with pytest.raises(UserError, match=r"not used: wrong by 60%\. Calibrate again"):
+            choose.choose(calibration, parse(text))
+    assert choose.choose(calibration, parse("keep=0.5")).predicted.time is None
 
 
 def test_what_an_error_counts_depends_on_its_size() -> None:

@@ -3,6 +3,7 @@
 import typer
 
 from fpsc.cli.bench.compare import compare
+from fpsc.cli.bench.device import device
 from fpsc.cli.bench.list import list_cases
 from fpsc.cli.bench.quick import bench
 from fpsc.cli.bench.report import report
@@ -19,5 +20,6 @@ app.callback(invoke_without_command=True)(reports_errors(bench))
 app.command()(reports_errors(run))
 app.command(name="list")(reports_errors(list_cases))
 app.command()(reports_errors(compare))
+app.command()(reports_errors(device))
 app.command()(reports_errors(report))
 app.command()(reports_errors(table))

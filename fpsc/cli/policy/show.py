@@ -14,7 +14,7 @@ from fpsc.cli.errors import UserError
 
 if TYPE_CHECKING:
     from fpsc.cli.policy.subject import Subject
-    from fpsc.policy.accounting import Account
+    from fpsc.policy.accounting import Account, Predicted
 
 Grid = Annotated[str | None, typer.Option(metavar="T,Y,X", help="Token grid.")]
 Layers = Annotated[int | None, typer.Option(min=1, max=1000, help="Layers of the model.")]
@@ -24,6 +24,14 @@ Steps = Annotated[int | None, typer.Option(help="Steps of the run.")]
 Shift = Annotated[float | None, typer.Option(help="The flow's shift.")]
 Component = Annotated[
     str | None, typer.Option(help="A transformer of the pipeline, transformer_2 for example.")
+]
+
+Cost = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|roofline",
+        help="Also predict times: a fit of `fpsc bench device`, or a bound for the GPU here.",
+    ),
 ]
 
 
@@ -38,6 +46,7 @@ def show(
     steps: Steps = None,
     shift: Shift = None,
     component: Component = None,
+    cost: Cost = None,
     png: Annotated[Path | None, typer.Option(help="Also draw it, into this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -45,7 +54,7 @@ def show(
 
     What is not given is taken from the policy, else from the model that its name stands for
     (Wan2.1 14B where it stands for none). Works without that model. All numbers are counted from
-    the lists of tiles; nothing is measured.
+    the lists of tiles; nothing is measured. With --cost, times of the attention are predicted too.
     """
     from fpsc.cli.policy.subject import subject
     from fpsc.policy import PolicyError
@@ -65,17 +74,39 @@ def show(
         counted = account(found.policy, found.size, found.levels)
     except PolicyError as error:
         raise UserError(f"{error}; --layers and --heads give the sizes of your model") from error
+    times = None if cost is None else _predicted(counted, cost)
     if png is not None:
         _draw(counted, found.levels, png)
     if json:
-        typer.echo(jsonlib.dumps(as_json(found, counted)))
+        typer.echo(jsonlib.dumps(as_json(found, counted, times)))
     else:
-        _print(found, counted)
+        _print(found, counted, times)
         if png is not None:
             typer.echo(f"drawn into {png}")
 
 
-def as_json(found: "Subject", account: "Account") -> dict[str, Any]:
+def _predicted(account: "Account", source: str) -> "Predicted":
+    from fpsc.cost import DeviceCost, roofline
+    from fpsc.policy.accounting import predicted
+
+    try:
+        if source != "roofline":
+            return predicted(account, DeviceCost.load(Path(source)))
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                "--cost roofline: torch sees no GPU here; give a file of `fpsc bench device`"
+            )
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return predicted(account, roofline(properties, account.size.head_dim))
+    except ValueError as error:
+        raise UserError(f"--cost {source}: {error}") from error
+
+
+def as_json(
+    found: "Subject", account: "Account", times: "Predicted | None" = None
+) -> dict[str, Any]:
     """Plain values only, for `json.dumps`; work in operations of one forward."""
     from fpsc.grid import padded_work, spread
 
@@ -117,6 +148,16 @@ def as_json(found: "Subject", account: "Account") -> dict[str, Any]:
         "dense_steps": account.dense_steps(),
         "mean_keep": account.run_keep(),
         "work_of_run": None if run is None else {"attention": run[0], "all": run[1]},
+        "predicted": None
+        if times is None
+        else {
+            "device": times.device.device,
+            "source": times.device.source,
+            "held_out_error": times.device.held_out_error,
+            "seconds_of_phases": times.rows.tolist(),
+            "dense_seconds": times.dense,
+            "modes_to_dense": times.modes,
+        },
     }
 
 
@@ -133,7 +174,7 @@ def _draw(account: "Account", levels: tuple[float, ...], path: Path) -> None:
         raise UserError(f"--png {path}: {error.strerror or error}") from error
 
 
-def _print(found: "Subject", account: "Account") -> None:
+def _print(found: "Subject", account: "Account", times: "Predicted | None") -> None:
     console = Console(highlight=False)
     size, policy = account.size, found.policy
     t, y, x = size.grid
@@ -150,8 +191,21 @@ def _print(found: "Subject", account: "Account") -> None:
             style="yellow",
         )
     _print_tile(console, account)
-    console.print(_phases(account))
+    console.print(_phases(account, times))
     console.print("work: attention's, dense is 1; share: attention's part of all work in a step")
+    if times is not None:
+        console.print(
+            f"time: predicted of attention on {times.device}; dense in 16 bits is 1, "
+            f"{times.dense * 1e3:.3g} ms a forward",
+            soft_wrap=True,
+            markup=False,
+        )
+        for name in times.slower:
+            console.print(
+                f"{name}: predicted to take {times.modes[name]:.2f}x the time of the dense mode",
+                style="yellow",
+                markup=False,
+            )
     _print_steps(console, found, account)
     _print_layers(console, account)
     _print_windows(console, account)
@@ -170,11 +224,12 @@ def _print_tile(console: Console, account: "Account") -> None:
     )
 
 
-def _phases(account: "Account") -> Table:
-    """One line a stretch of noise; work and share are those of its attention."""
+def _phases(account: "Account", times: "Predicted | None") -> Table:
+    """One line a stretch of noise; work, time and share are those of its attention."""
     share = account.share()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("noise", "modes", "steps", "keep", "work", "share of a step"):
+    titles = ["noise", "modes", "steps", "keep", "work", "share of a step"]
+    for title in titles + ["time"] * (times is not None):
         table.add_column(title, justify="left" if title in ("noise", "modes") else "right")
     for row in range(account.rows):
         modes = account.modes_of(row)
@@ -188,6 +243,7 @@ def _phases(account: "Account") -> Table:
             f"{account.row_keep()[row]:.3f}",
             f"{work:.3f}",
             part,
+            *([] if times is None else [f"{times.rows[row] / times.dense:.3f}"]),
         )
     return table
 
