@@ -8,8 +8,8 @@ A table stands between two markers, the first of which names the JSON, relative 
     <!-- table: bench/results/attention.json -->
     <!-- end of table -->
 
-The JSON is a record of `fpsc bench`. What bench/joint.py, bench/tune.py and bench/l2.py wrote has
-several tables, named behind a #:
+The JSON is a record of `fpsc bench`. What other scripts here wrote has several tables, named behind
+a #:
 
     <!-- table: bench/results/joint#variants -->
     <!-- end of table -->
@@ -51,17 +51,17 @@ def table_of(name: str, root: Path) -> str:
 
 
 def part_of(name: str, place: Path, part: str) -> str:
-    """One of several tables, of a folder of records of bench/joint.py or the file of bench/tune.py
-    or bench/l2.py.
+    """One of several tables: of a folder of records of bench/joint.py, or of a file of another
+    script.
 
     Raises:
         SystemExit: there is no such table, or a record cannot be read.
     """
-    from bench import l2, tune  # they import torch
+    from bench import gradients, kernel_tables, l2, tune  # they import torch
     from bench.tuning import record, tables
 
-    of_files = l2.PARTS if place.name == l2.RESULTS.name else tune.PARTS
-    parts = of_files if place.suffix == ".json" else tables.PARTS
+    of_files = {"tune": tune, "gradients": gradients, "sass": kernel_tables, "l2": l2}
+    parts = of_files[place.stem].PARTS if place.stem in of_files else tables.PARTS
     if part not in parts:
         sys.exit(f"{name}: expected one of {', '.join(parts)} behind the #, found {part!r}")
     try:

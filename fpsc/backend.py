@@ -189,8 +189,9 @@ def _replace(analysis: Analysis, state: ModelState) -> Rewritten | None:
     """The graph with its sites replaced; None where that fails, and then all of them stay dense."""
     convention = state.convention if analysis.timestep is not None else None
     kinds, kernel = _kinds(analysis, state), state.options.kernel
+    fp8 = _fp8_backward(analysis, state)
     return attempt(
-        partial(manager.apply, analysis, convention, kinds=kinds, kernel=kernel),
+        partial(manager.apply, analysis, convention, kinds=kinds, kernel=kernel, fp8_backward=fp8),
         analysis.leave,
         "this graph",
         strict=state.options.strict,
@@ -253,6 +254,10 @@ def _report(analysis: Analysis, state: ModelState, elsewhere: str) -> Report:
     supported, reason = fp8_support(device) if device else (True, "")
     if not supported and kinds_of(state.policy, fp8=True) & FP8_CELLS:
         notes.append(f"fp8 modes of the policy run in the input's dtype: {reason}")
+    products = "; products of backward in FP8" if _fp8_backward(analysis, state) else ""
+    if state.options.backward == "fp8" and analysis.targets and not products:
+        why = reason if not supported else "no cell of these sites is computed in FP8"
+        notes.append(f"option 'backward': the products of backward are not in FP8: {why}")
     module = state.root
     return Report(
         model=type(module).__name__ if module is not None else "",
@@ -260,7 +265,7 @@ def _report(analysis: Analysis, state: ModelState, elsewhere: str) -> Report:
         policy_source=state.origin,
         sites=sites,
         timestep="an input of the graph" if threaded else elsewhere or "nowhere",
-        kernels=sorted({f"{choice.name} ({choice.reason})" for choice in choices}),
+        kernels=sorted({f"{choice.name} ({choice.reason}{products})" for choice in choices}),
         notes=notes,
         _state=None,
     )
@@ -269,6 +274,12 @@ def _report(analysis: Analysis, state: ModelState, elsewhere: str) -> Report:
 def _kinds(analysis: Analysis, state: ModelState) -> int:
     """The dtypes that cells of a graph's sites may have."""
     return kinds_of(state.policy, state.runs_fp8(analysis.queries[0].device))
+
+
+def _fp8_backward(analysis: Analysis, state: ModelState) -> bool:
+    """Whether the products of backward are in FP8 where those of forward are."""
+    wanted = state.options.backward == "fp8" and bool(analysis.targets)
+    return wanted and bool(_kinds(analysis, state) & FP8_CELLS)
 
 
 def _choices(analysis: Analysis, state: ModelState) -> list[Choice]:

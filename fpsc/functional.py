@@ -34,6 +34,7 @@ def attention(
     key_mask: Tensor | None = None,
     scale: float | None = None,
     kernel: str = "auto",
+    backward: str = "bf16",
 ) -> Tensor:
     """Tile-wise block-sparse attention over the tokens of a video.
 
@@ -48,14 +49,17 @@ def attention(
         scale: of the scores; 1 / sqrt(D) by default.
         kernel: `auto`, or the name of the only implementation that may run
             (`fpsc.kernels.select.KERNELS`).
+        backward: `fp8` for products of backward in FP8 where `dtype` is fp8; else `bf16`.
 
     Returns:
         [B, H, N, D] in q's dtype. Differentiable.
 
     Raises:
         PolicyError: the mode is not one that a policy may have.
-        ValueError: shapes do not fit each other, or not the grid.
+        ValueError: shapes do not fit each other, or not the grid; `backward` is neither.
     """
+    if backward not in ("bf16", "fp8"):
+        raise ValueError(f"backward: expected bf16 or fp8, found {backward!r}")
     if keep is None and window is None:
         keep = 1.0
     if pattern is None:
@@ -80,8 +84,9 @@ def attention(
     )
     rows = torch.zeros(1, dtype=torch.int32, device=q.device)
     out, _ = ops.attention(
-        q, k, v, rows=rows, key_mask=key_mask, scale=scale, kernel=kernel, **tables
-    )
+        q, k, v, rows=rows, key_mask=key_mask, scale=scale, kernel=kernel,
+        fp8_backward=backward == "fp8", **tables,
+    )  # fmt: skip
     return out
 
 

@@ -58,6 +58,9 @@ class Options(BaseModel):
         fuse_prologue: whether the op itself does the norms and rotary embeddings in front of a
             site (true), or leaves them to Inductor (false); `auto` where a Triton kernel computes
             the site. Where they are not understood they stay in the graph, and the report says why.
+        backward: in what the products of backward are computed in FP8 cells: `bf16`, which stands
+            for the input's dtype, or `fp8`, faster and less exact. Where a device has no FP8, as
+            without it, and the report says so.
         inductor: options that are passed on to Inductor.
     """
 
@@ -74,6 +77,7 @@ class Options(BaseModel):
     emulate_fp8: bool = True
     kernel: str = "auto"
     fuse_prologue: bool | Literal["auto"] = "auto"
+    backward: Literal["bf16", "fp8"] = "bf16"
     inductor: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("kernel")

@@ -13,6 +13,7 @@ where no kernel of their own serves them; it reads the lists from the host there
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, pairwise
 from typing import NamedTuple, TypeVar
@@ -23,7 +24,13 @@ from torch import Tensor
 from fpsc.kernels import threads
 from fpsc.kernels.before import NOTHING_BEFORE, Before
 from fpsc.kernels.kinds import ALL_CELLS
-from fpsc.kernels.reference import E4M3_MAX, P_OFFSET, key_groupings, quantisation_scale
+from fpsc.kernels.reference import (
+    E4M3_MAX,
+    P_OFFSET,
+    key_groupings,
+    power_for,
+    quantisation_scale,
+)
 
 Result = TypeVar("Result")
 
@@ -55,6 +62,7 @@ class Task(NamedTuple):
     steps: list[Step]
     rows_N: Tensor  # int64: sequence positions in tile order
     keys_M: Tensor  # int64: those of the keys that take part
+    tile_of_row_N: Tensor  # int64
     group_of_row_N: Tensor  # int64: tiles of one group share a scale
     group_of_key_M: Tensor  # int64
 
@@ -70,6 +78,7 @@ class Operands(NamedTuple):
     k_MD: Tensor
     v_MD: Tensor
     shift_N: Tensor  # scale * q . mean of k, where that was taken from k
+    c_D: Tensor  # by what v was divided before it was rounded
 
 
 def forward(
@@ -87,6 +96,7 @@ def forward(
     scale: float,
     kinds: int = ALL_CELLS,
     before: Before = NOTHING_BEFORE,
+    fp8_backward: bool = False,
 ) -> tuple[Tensor, Tensor, None]:
     """As `reference.forward`."""
     q_BHND, k_BGND = before.apply(q_BHND, k_BGND)
@@ -96,7 +106,7 @@ def forward(
     lse_BHN = q_BHND.new_full((B, H, N), -math.inf, dtype=torch.float32)
 
     def attend(task: Task) -> None:
-        q, k, v, shift_N = _operands(q_BHND, k_BGND, v_BGND, task, scale)
+        q, k, v, shift_N, _ = _operands(q_BHND, k_BGND, v_BGND, task, scale)
         for step in task.steps:
             rows, positions = step.rows, task.rows_N[step.rows]
             s = _dot(q[rows], _visited(k, step))
@@ -138,6 +148,7 @@ def backward(
     key_mask_BN: Tensor | None,
     scale: float,
     kinds: int = ALL_CELLS,
+    fp8_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`: dq, dk, dv, contiguous, in the dtypes of q, k, v."""
     dq_BHND = q_BHND.new_zeros(q_BHND.shape)
@@ -146,11 +157,17 @@ def backward(
 
     def differentiate(task: Task) -> tuple[Task, Tensor, Tensor]:
         b, h = task.b, task.h
-        q, k, v, shift_N = _operands(q_BHND, k_BGND, v_BGND, task, scale)
-        do_ND = _rows(dout_BHND[b, h], task.rows_N)
-        delta_N1 = (do_ND * _rows(out_BHND[b, h], task.rows_N)).sum(dim=1, keepdim=True)
+        q, k, v, shift_N, _ = head = _operands(q_BHND, k_BGND, v_BGND, task, scale)
+        do_ND, o_ND = (_rows(x[b, h], task.rows_N) for x in (dout_BHND, out_BHND))
         lse_N = lse_BHN[b, h].index_select(0, task.rows_N).sub_(shift_N)
         lse_N1 = lse_N.mul_(LOG2_E).unsqueeze(1)
+        if task.fp8 and fp8_backward:
+            dq_ND, dk_DM, dv_DM = _fp8_gradients(task, head, do_ND, o_ND, lse_N1, scale)
+            for step in task.steps:
+                at = task.rows_N[step.rows]
+                dq_BHND[b, h].index_copy_(0, at, dq_ND[step.rows].to(dq_BHND.dtype))
+            return task, dk_DM, dv_DM
+        delta_N1 = (do_ND * o_ND).sum(dim=1, keepdim=True)
         # Transposed, so that each product below has its long side where it streams.
         dk_DM, dv_DM = torch.zeros_like(k.T), torch.zeros_like(v.T)
         for step in task.steps:
@@ -163,11 +180,65 @@ def backward(
             dq_BHND[b, h].index_copy_(0, task.rows_N[rows], dq.to(dq_BHND.dtype))
         return task, dk_DM.div_(LOG2_E), dv_DM  # q carries scale * log2(e)
 
-    tasks = _tasks(k_BGND, modes_BH3, list_ptr, list_idx, groups, gather, valid, key_mask_BN)
+    tasks = _tasks(
+        k_BGND, modes_BH3, list_ptr, list_idx, groups, gather, valid, key_mask_BN,
+        whole_tiles=fp8_backward,
+    )  # fmt: skip
     for task, dk_DM, dv_DM in _run(differentiate, tasks, q_BHND.device):
         dk_BGND[task.b, task.g].index_add_(0, task.keys_M, dk_DM.T)
         dv_BGND[task.b, task.g].index_add_(0, task.keys_M, dv_DM.T)
     return dq_BHND, dk_BGND.to(k_BGND.dtype), dv_BGND.to(v_BGND.dtype)
+
+
+def _fp8_gradients(
+    task: Task, head: Operands, do_ND: Tensor, o_ND: Tensor, lse_N1: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [N, D], dk and dv [D, M] of a task whose products are FP8 in backward, too.
+
+    The scores are computed twice: the scale of dO wants the largest of each row first.
+    """
+    q, k, v, _, c_D = head
+    m_N1 = torch.zeros_like(lse_N1)
+    for step in task.steps:
+        s = _dot(q[step.rows], _visited(k, step))
+        m_N1[step.rows] = s.amax(dim=1, keepdim=True).ceil_().sub_(P_OFFSET)
+    share_N1 = torch.where(lse_N1 == -math.inf, 0.0, torch.exp2(m_N1 - lse_N1))
+    y = _infinite_to_nan_(do_ND).mul_(c_D).mul_(share_N1)
+    largest = y.abs().nan_to_num_(nan=0.0).amax(dim=1)
+    r_N1 = quantisation_scale(_of_tile(largest, task)).unsqueeze(1)
+    y8 = round_to_e4m3_(y.div_(r_N1).clamp_(-E4M3_MAX, E4M3_MAX))
+    delta_N1 = (y8 * o_ND.div_(c_D)).sum(dim=1, keepdim=True)
+    v8 = v.div_(c_D)
+    v8_max = v8.norm(dim=1).nan_to_num_(nan=0.0).amax() if len(v8) else v8.new_zeros(())
+    bound_N1 = (y8.norm(dim=1, keepdim=True) * v8_max + delta_N1.abs()).mul_(2**P_OFFSET)
+    of_rows = power_for(bound_N1)
+    of_tile = power_for(_of_tile(bound_N1.squeeze(1).nan_to_num(nan=0.0), task)).unsqueeze(1)
+
+    dq_ND = torch.empty_like(q)
+    dk_DM, dv_DM = torch.zeros_like(k.T), torch.zeros_like(v.T)
+    of_dv, of_dk = y8 * r_N1, q * (r_N1 * of_tile / LOG2_E)  # q carries scale * log2(e)
+    for step in task.steps:
+        rows, k_step = step.rows, _visited(k, step)
+        p = _dot(q[rows], k_step).sub_(m_N1[rows]).exp2_()
+        e = _dot(y8[rows], _visited(v8, step)).sub_(delta_N1[rows]).mul_(p)
+        p8 = round_to_e4m3_(p)
+        _add_to_visited(dv_DM, _dot(of_dv[rows].T.contiguous(), p8.T), step)
+        e8 = round_to_e4m3_(e / of_tile[rows])
+        _add_to_visited(dk_DM, _dot(of_dk[rows].T.contiguous(), e8.T), step)
+        e8 = round_to_e4m3_(e.div_(of_rows[rows]))
+        dq_ND[rows] = _dot(e8, k_step.T).mul_(scale * r_N1[rows] * of_rows[rows])
+    return dq_ND, dk_DM, dv_DM.div_(c_D.unsqueeze(1))
+
+
+def _of_tile(x_N: Tensor, task: Task) -> Tensor:
+    """For each row the largest of its tile."""
+    return _of_group(x_N, task.tile_of_row_N)
+
+
+def _of_group(x_N: Tensor, group_N: Tensor) -> Tensor:
+    """For each row the largest of its group; x is not negative."""
+    largest = x_N.new_zeros(int(group_N.max()) + 1)
+    return largest.scatter_reduce_(0, group_N, x_N, "amax")[group_N]
 
 
 def round_to_e4m3_(x: Tensor) -> Tensor:
@@ -237,8 +308,13 @@ def _tasks(
     gather: Tensor,
     valid: Tensor,
     key_mask_BN: Tensor | None,
+    *,
+    whole_tiles: bool = False,
 ) -> list[Task]:
-    """Every head of every batch element, with the steps of its list."""
+    """Every head of every batch element, with the steps of its list.
+
+    whole_tiles: no query tile is parted between steps.
+    """
     device = k_BGND.device
     real = torch.arange(gather.shape[1], device=gather.device) < valid[:, None]
     rows = gather[real].long().to(device)
@@ -258,7 +334,8 @@ def _tasks(
             steps = {}  # these depend on the mask
         for h, (pattern, dtype, grouping) in enumerate(modes):
             if pattern not in steps:
-                steps[pattern] = list(_steps(list_ptr[pattern], list_idx, row_counts, key_counts))
+                given = list_ptr[pattern], list_idx, row_counts, key_counts, whole_tiles
+                steps[pattern] = list(_steps(*given))
             g = h // heads_per_key_head
             tasks.append(
                 Task(
@@ -269,6 +346,7 @@ def _tasks(
                     steps=steps[pattern],
                     rows_N=rows,
                     keys_M=keys,
+                    tile_of_row_N=tile_of_row,
                     group_of_row_N=groups[grouping, tile_of_row],
                     group_of_key_M=groups[groupings_BG[b][g], tile_of_key],
                 )
@@ -277,7 +355,11 @@ def _tasks(
 
 
 def _steps(
-    ptr: Tensor, list_idx: Tensor, row_counts: list[int], key_counts: list[int]
+    ptr: Tensor,
+    list_idx: Tensor,
+    row_counts: list[int],
+    key_counts: list[int],
+    whole_tiles: bool,
 ) -> Iterator[Step]:
     """The steps of a pattern in the order of their rows; those with no keys are left out."""
     bounds = ptr.tolist()
@@ -294,6 +376,9 @@ def _steps(
         most = max(SCORES_AT_ONCE // n_keys, ROWS_AT_ONCE)
         while start < end:
             stop = min(start + most, end)
+            if whole_tiles:  # the last end of a tile up to there, at least that of the first
+                first, last = bisect(row_starts, start), bisect(row_starts, stop) - 1
+                stop = row_starts[max(first, last)]
             yield Step(slice(start, stop), runs, (stop - start) * n_keys)
             start = stop
 
@@ -323,13 +408,12 @@ def _operands(q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, task: Task, scale:
     k = _infinite_to_nan_(_rows(k_BGND[task.b, task.g], task.keys_M))
     v = _infinite_to_nan_(_rows(v_BGND[task.b, task.g], task.keys_M))
     if not task.fp8:
-        return Operands(q.mul_(scale * LOG2_E), k, v, q.new_zeros(len(q)))
+        return Operands(q.mul_(scale * LOG2_E), k, v, q.new_zeros(len(q)), v.new_ones(v.shape[1]))
     mean_D = _finite_mean(k)
     shift_N = scale * q @ mean_D
     _round_per_group_(q, task.group_of_row_N)
     _round_per_group_(k.sub_(mean_D), task.group_of_key_M)
-    _round_per_channel_(v)
-    return Operands(q.mul_(scale * LOG2_E), k, v, shift_N)
+    return Operands(q.mul_(scale * LOG2_E), k, v, shift_N, _round_per_channel_(v))
 
 
 def _rows(x_ND: Tensor, rows_M: Tensor) -> Tensor:
@@ -353,15 +437,16 @@ def _finite_mean(k_MD: Tensor) -> Tensor:
 def _round_per_group_(x_ND: Tensor, group_of_row_N: Tensor) -> None:
     if len(x_ND) > 0:
         amax_N = x_ND.abs().nan_to_num_(nan=0.0).amax(dim=1)
-        amax_G = amax_N.new_zeros(int(group_of_row_N.max()) + 1)
-        amax_G.scatter_reduce_(0, group_of_row_N, amax_N, "amax")
-        _round_scaled_(x_ND, quantisation_scale(amax_G)[group_of_row_N, None])
+        _round_scaled_(x_ND, quantisation_scale(_of_group(amax_N, group_of_row_N))[:, None])
 
 
-def _round_per_channel_(v_MD: Tensor) -> None:
-    if len(v_MD) > 0:
-        amax_D = v_MD.abs().nan_to_num_(nan=0.0).amax(dim=0)
-        _round_scaled_(v_MD, quantisation_scale(amax_D))
+def _round_per_channel_(v_MD: Tensor) -> Tensor:
+    """Returns the scale of each channel."""
+    if len(v_MD) == 0:
+        return v_MD.new_ones(v_MD.shape[1])
+    s = quantisation_scale(v_MD.abs().nan_to_num_(nan=0.0).amax(dim=0))
+    _round_scaled_(v_MD, s)
+    return s
 
 
 def _round_scaled_(x: Tensor, s: Tensor) -> None:

@@ -3,8 +3,8 @@
     fpsc::attention(q, k, v, rows, cells, modes, list_ptr, list_idx, back_ptr, back_idx, order,
                     groups, gather, valid, key_mask, scale, site, kinds, implementation,
                     q_weight, q_bias, q_rstd, k_weight, k_bias, k_rstd, cos, sin,
-                    norm, epsilon, split, rotation, start)
-        -> (out, lse, shift, q8, k8, v8, q_scale, k_scale, v_scale)
+                    norm, epsilon, split, rotation, start, fp8_backward)
+        -> (out, lse, shift, q8, k8, v8, q_scale, k_scale, v_scale, offset)
 
 The mathematics is in `fpsc.kernels.reference`. All tables are int32 tensors, data and never
 structure: changing a number in one recompiles nothing.
@@ -28,13 +28,15 @@ structure: changing a number in one recompiles nothing.
 Head h of batch element b has mode m = cells[site, rows[b], h] and pattern p = modes[m, 0]; its
 query tile u visits the key tiles list_idx[list_ptr[p, u] : list_ptr[p, u + 1]].
 
-Two arguments are structure:
+Three arguments are structure:
 
     kinds      the dtypes that cells may have: 1 for dtype 0, 2 for fp8, 3 for both
                (`fpsc.kernels.kinds`). Kernels of a kind that is left out are not launched.
     implementation
                "auto" or the name of one, which then serves the call or is an error. `kernel` in
                all other places: Inductor passes an op's defaults by name, and has its own `kernel`
+    fp8_backward
+               the products of backward are FP8 too, in fp8 cells
 
 What follows is a norm of q and of k and a rotation of both that are done in the op, in front of all
 else; by default there is neither. `fpsc.kernels.before` says what they compute, its classes what
@@ -77,15 +79,17 @@ IMPLEMENTATIONS = {
 """By the name of a `Choice`: modules with `forward` and `backward`, imported when they are chosen.
 
     forward(q, k, v, modes_BH3, list_ptr, list_idx, order, groups, gather, valid, key_mask, scale,
-            kinds, before) -> (out, lse, saved)
+            kinds, before, fp8_backward) -> (out, lse, saved)
     backward(dout, q, k, v, out, lse, saved, modes_BH3, list_ptr, list_idx, back_ptr, back_idx,
-             order, groups, gather, valid, key_mask, scale, kinds) -> (dq, dk, dv)
+             order, groups, gather, valid, key_mask, scale, kinds, fp8_backward) -> (dq, dk, dv)
 
 saved is a `Saved`, or None where backward needs none of it. before is a
 `fpsc.kernels.before.Before`; q and k of backward are what it has made of them.
 """
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]  # fmt: skip
 
 
 def attention(
@@ -109,13 +113,14 @@ def attention(
     site: int = 0,
     kinds: int = ALL_CELLS,
     kernel: str = "auto",
+    fp8_backward: bool = False,
     **before: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q over the key tiles that the tables name, by keyword.
 
     q [B, H, N, D], k and v [B, G, N, D] with G dividing H; float32, bfloat16 or float16; D 16..256;
-    any strides. Tables, kinds, kernel and what may be in front of q and k (`before`): see the
-    module. scale: D ** -0.5 where None.
+    any strides. Tables, kinds, kernel, fp8_backward and what may be in front of q and k (`before`):
+    see the module. scale: D ** -0.5 where None.
 
     Returns out [B, H, N, D] in q's dtype, whose memory is [B, N, H, D]-contiguous, and lse [B, H,
     N] float32: log of the sum of exp(scale q.k) over the keys seen. A query that sees none gets 0
@@ -128,7 +133,7 @@ def attention(
         scale = q.shape[-1] ** -0.5
     return torch.ops.fpsc.attention(
         q, k, v, rows, cells, modes, list_ptr, list_idx, back_ptr, back_idx, order, groups, gather,
-        valid, key_mask, scale, site, kinds, kernel, **before,
+        valid, key_mask, scale, site, kinds, kernel, **before, fp8_backward=fp8_backward,
     )[:2]  # fmt: skip
 
 
@@ -172,6 +177,7 @@ def _attention(
     split: int = 0,
     rotation: str = "none",
     start: int = 0,
+    fp8_backward: bool = False,
 ) -> Outputs:
     lists = (list_ptr, list_idx, back_ptr, back_idx, order, groups, gather, valid)
     before = (
@@ -187,7 +193,7 @@ def _attention(
     with torch.autocast(q.device.type, enabled=False):
         out, lse, saved = _implementation(q, kinds, implementation).forward(
             q, k, v, modes_BH3, list_ptr, list_idx, order, groups, gather, valid, key_mask, scale,
-            kinds, before=before_of(*before),
+            kinds, before=before_of(*before), fp8_backward=fp8_backward,
         )  # fmt: skip
     return out, lse, *(empty_saved(q.device) if saved is None else saved)
 
@@ -226,6 +232,7 @@ def _attention_fake(
     split: int = 0,
     rotation: str = "none",
     start: int = 0,
+    fp8_backward: bool = False,
 ) -> Outputs:
     lists = (list_ptr, list_idx, back_ptr, back_idx, order, groups, gather, valid)
     before = (
@@ -238,7 +245,9 @@ def _attention_fake(
     out = q.new_empty(B, N, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, N, dtype=torch.float32)
     saves = _chosen(q, kinds, implementation) in PACKING and kinds & FP8_CELLS
-    return out, lse, *(new_saved(q, k, *gather.shape) if saves else empty_saved(q.device))
+    if not saves:
+        return out, lse, *empty_saved(q.device)
+    return out, lse, *new_saved(q, k, *gather.shape, offsets=fp8_backward)
 
 
 @torch.library.custom_op("fpsc::attention_backward", mutates_args=())
@@ -256,6 +265,7 @@ def _attention_backward(
     q_scale: Tensor,
     k_scale: Tensor,
     v_scale: Tensor,
+    offset: Tensor,
     modes_BH3: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
@@ -269,14 +279,17 @@ def _attention_backward(
     scale: float,
     kinds: int,
     implementation: str,
+    fp8_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lists = (list_ptr, list_idx, back_ptr, back_idx, order, groups, gather, valid)
     check_values(out.shape[2], modes_BH3, *lists, kinds)
-    saved = Saved(shift, q8, k8, v8, q_scale, k_scale, v_scale) if shift.numel() else None
+    given = Saved(shift, q8, k8, v8, q_scale, k_scale, v_scale, offset)
+    saved = given if shift.numel() else None
     with torch.autocast(out.device.type, enabled=False):
         return _implementation(out, kinds, implementation).backward(
-            dout, q, k, v, out, lse, saved, modes_BH3, *lists, key_mask, scale, kinds
-        )
+            dout, q, k, v, out, lse, saved, modes_BH3, *lists, key_mask, scale, kinds,
+            fp8_backward=fp8_backward,
+        )  # fmt: skip
 
 
 @_attention_backward.register_fake
@@ -294,6 +307,7 @@ def _attention_backward_fake(
     q_scale: Tensor,
     k_scale: Tensor,
     v_scale: Tensor,
+    offset: Tensor,
     modes_BH3: Tensor,
     list_ptr: Tensor,
     list_idx: Tensor,
@@ -307,6 +321,7 @@ def _attention_backward_fake(
     scale: float,
     kinds: int,
     implementation: str,
+    fp8_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, _, N, D = out.shape
     if q is None or k is None or v is None:  # then k8 is there
@@ -335,7 +350,7 @@ TENSORS = 8
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     q, k, v, *tables = inputs[: 3 + TABLES]
     rows, cells, modes, *lists, key_mask, scale, site, kinds, kernel = tables
-    before = inputs[3 + TABLES :]
+    *before, fp8_backward = inputs[3 + TABLES :]
     norm = before_of(*before).norm_q
     # The tables may be edited before backward runs; what they said of this call may not change.
     modes_BH3 = resolve_modes(q.shape[0], rows, cells, modes, site)
@@ -344,13 +359,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
         if norm is None:
             q = k = None
     ctx.save_for_backward(q, k, v, *output, modes_BH3, *lists, key_mask, *before[:TENSORS])
-    ctx.others, ctx.before = (scale, kinds, kernel), before[TENSORS:]
+    ctx.others, ctx.before = (scale, kinds, kernel, fp8_backward), before[TENSORS:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    tables, structure = (None,) * TABLES, (None,) * 7  # cos, sin and what is no tensor
+    tables, structure = (None,) * TABLES, (None,) * 8  # cos, sin and what is no tensor
     if dout is None:
         return None, None, None, *tables, *(None,) * 6, *structure
     q, k, v, *saved = ctx.saved_tensors
@@ -359,7 +374,7 @@ def _backward(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Te
     if before and v is None:
         seen_q = seen_k = None
     elif before:
-        seen_q, seen_k = _seen(before, q, k, *ctx.others[1:])
+        seen_q, seen_k = _seen(before, q, k, *ctx.others[1:3])
     dq, dk, dv = torch.ops.fpsc.attention_backward(
         dout, seen_q, seen_k, v, *saved[:-TENSORS], *ctx.others
     )

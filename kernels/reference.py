@@ -40,6 +40,18 @@ are constants) [6]. With Q, K, V the dequantised operands above (K less its mean
     dQ_i  = scale sum_j dS_ij K_j
     dK_j  = scale sum_i dS_ij Q_i
 
+Backward of fp8 cells with fp8_backward: operands of all five products are e4m3 [7]. m, p and l are
+those of forward, c that of V
+    y_i   = dO_i c / l_i
+    y8    = e4m3(y_id / r_u)            r_u = max |y| / 448 over the rows of the tile of i
+    x_ij  = y8_i . v8_j                 v8 = V_jd / c_d
+    D_i   = y8_i . (O_i / c)
+    dV_j  = sum_u r_u (sum_{i in u} e4m3(p_ij) y8_i) / c
+    e_ij  = p_ij (x_ij - D_i)           dS_ij = r_u e_ij
+    B_i   = 256 (|y8_i| max_j |v8_j| + |D_i|)           not less than |e_ij|; j over all keys
+    dQ_i  = scale r_u sum_j 2^t e4m3(e_ij / 2^t) K_j    2^t >= B_i / 448, least whole t >= 0
+    dK_j  = scale sum_u r_u 2^t sum_{i in u} e4m3(e_ij / 2^t) Q_i       B the largest in u
+
 Sources
 [1] Smoothing K: SageAttention (arXiv 2410.02367), section 4.2. q_i . mu is the same for all keys of
     a row, and softmax does not see it.
@@ -59,6 +71,12 @@ Sources
 [6] FlashAttention-2 (arXiv 2307.08691), section 3.1, for the formulas. P from the quantised Q and
     K, because P from others would not add up to one under this lse. K less its mean, because the
     rows of dS add up to zero but for the rounding of P and O, and a mean would amplify the rest.
+[7] S and P are then bit for bit those of forward. dO is rounded once for all that it is used in, D
+    too, so that the rows of dS still add up to zero: what is differentiated is the same function,
+    in a direction that is a little off. Scales are of rows or tiles of queries and known before
+    the products, so that a kernel has no maxima to find; those of dS are powers of two, which
+    change no rounding but below the smallest normal number. FP8 in all products, and which of them
+    it costs most: `docs/kernels.md`.
 
 Groups: the grouping of a mode names for each tile the group of tiles that share its scales. Where
 query heads of different groupings read one key head, K has that of the lowest number among their
@@ -108,6 +126,7 @@ class Operands(NamedTuple):
     k_ND: Tensor
     v_ND: Tensor
     shift_N: Tensor  # scale * q . mu: what the mean of K took from every score of a row
+    c_D: Tensor  # the scale of v; 1 where it is not rounded
 
 
 def forward(
@@ -125,6 +144,7 @@ def forward(
     scale: float,
     kinds: int = ALL_CELLS,
     before: Before = NOTHING_BEFORE,
+    fp8_backward: bool = False,
 ) -> tuple[Tensor, Tensor, None]:
     """out [B, H, N, D] in v's dtype, [B, N, H, D]-contiguous, lse [B, H, N] float32, and nothing
     for backward, which computes its operands again. See the module's text."""
@@ -175,8 +195,12 @@ def backward(
     key_mask_BN: Tensor | None,
     scale: float,
     kinds: int = ALL_CELLS,
+    fp8_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dq, dk, dv in the shapes and dtypes of q, k, v. See the module's text."""
+    """Returns dq, dk, dv in the shapes and dtypes of q, k, v. See the module's text.
+
+    fp8_backward: in fp8 cells, as above.
+    """
     dq_BHND = torch.zeros(q_BHND.shape, device=q_BHND.device)
     dk_BGND = torch.zeros(k_BGND.shape, device=q_BHND.device)
     dv_BGND = torch.zeros(v_BGND.shape, device=q_BHND.device)
@@ -187,11 +211,19 @@ def backward(
         do_ND = dout_BHND[b, h].float()
         delta_N = (do_ND * out_BHND[b, h].float()).sum(dim=1)
         lse_N = lse_BHN[b, h] - head.shift_N
+        v8_max = _finite_max((head.v_ND[cell.taking_part] / head.c_D).norm(dim=1))
         for u, rows in enumerate(tiles):
             keys = visible_keys(u, tiles, list_ptr[cell.pattern], list_idx, cell.taking_part)
             if len(keys) == 0:
                 continue
             q, k, v, do = head.q_ND[rows], head.k_ND[keys], head.v_ND[keys], do_ND[rows]
+            if cell.fp8 and fp8_backward:
+                given = do, out_BHND[b, h, rows].float(), lse_N[rows], v8_max
+                dq, dk, dv = _fp8_gradients(q, k, v, *given, head.c_D, scale)
+                dq_BHND[b, h, rows] = dq
+                dk_BGND[b, g, keys] += dk
+                dv_BGND[b, g, keys] += dv
+                continue
             p = torch.exp(scale * q @ k.T - lse_N[rows, None])
             dp = do @ v.T
             ds = p * (dp - delta_N[rows, None])
@@ -201,20 +233,57 @@ def backward(
     return dq_BHND.to(q_BHND.dtype), dk_BGND.to(k_BGND.dtype), dv_BGND.to(v_BGND.dtype)
 
 
+def _fp8_gradients(
+    q_MD: Tensor,
+    k_KD: Tensor,
+    v_KD: Tensor,
+    do_MD: Tensor,
+    o_MD: Tensor,
+    lse_M: Tensor,
+    v8_max: Tensor,
+    c_D: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq of a query tile and its share of dk and dv, with the products in FP8."""
+    s2 = scale * q_MD @ k_KD.T * math.log2(math.e)
+    m = s2.amax(dim=1, keepdim=True).ceil() - P_OFFSET
+    p = torch.exp2(s2 - m)
+    total = torch.exp2(lse_M[:, None] * math.log2(math.e) - m)
+    y = infinite_to_nan(do_MD) * c_D / total
+    r = quantisation_scale(_finite_max(y.flatten()))
+    y8 = to_e4m3(y / r)
+    delta = (y8 * (o_MD / c_D)).sum(dim=1, keepdim=True)
+    e = p * (y8 @ (v_KD / c_D).T - delta)
+    bound = 2**P_OFFSET * (y8.norm(dim=1, keepdim=True) * v8_max + delta.abs())
+    of_rows, of_tile = power_for(bound), power_for(_finite_max(bound.flatten()))
+    dq = scale * r * of_rows * to_e4m3(e / of_rows) @ k_KD
+    dk = scale * r * of_tile * to_e4m3(e / of_tile).T @ q_MD
+    dv = r * to_e4m3(p).T @ y8 / c_D
+    return dq, dk, dv
+
+
+def power_for(bound: Tensor) -> Tensor:
+    """The least power of two, 1 or more, that bound divides by to be within e4m3."""
+    bits = (bound / E4M3_MAX).nan_to_num(nan=1.0).clamp(min=1.0).view(torch.int32)
+    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+
+
 def operands(
     q_ND: Tensor, k_ND: Tensor, v_ND: Tensor, tiles: list[Tensor], cell: Cell, scale: float
 ) -> Operands:
     """The operands of one head as its products see them: as they are, or rounded to e4m3."""
     q, k, v = (infinite_to_nan(x.float()) for x in (q_ND, k_ND, v_ND))
     if not cell.fp8:
-        return Operands(q, k, v, torch.zeros(len(q), device=q.device))
+        return Operands(q, k, v, torch.zeros(len(q), device=q.device), torch.ones_like(v[0]))
     taking_part = cell.taking_part
     mu = k_mean(k, taking_part)
+    c = quantisation_scale(_finite_max(v[taking_part]))
     return Operands(
         q_ND=_round_per_group(q, tiles, cell.q_groups, torch.ones_like(taking_part)),
         k_ND=_round_per_group(k - mu, tiles, cell.k_groups, taking_part),
-        v_ND=_round_per_channel(v, taking_part),
+        v_ND=to_e4m3(v / c) * c,
         shift_N=scale * q @ mu,
+        c_D=c,
     )
 
 
@@ -279,11 +348,6 @@ def _round_per_group(
         s = quantisation_scale(_finite_max(x_ND[rows[taking_part_N[rows]]].flatten()))
         rounded[rows] = to_e4m3(x_ND[rows] / s) * s
     return rounded
-
-
-def _round_per_channel(x_ND: Tensor, taking_part_N: Tensor) -> Tensor:
-    s = quantisation_scale(_finite_max(x_ND[taking_part_N]))
-    return to_e4m3(x_ND / s) * s
 
 
 def _finite_max(x: Tensor) -> Tensor:

@@ -39,6 +39,15 @@ class Saved(NamedTuple):
     v_scale: Tensor
     """float32 [B, G, DP]"""
 
+    offset: Tensor
+    """float32 [B, H, N]: m, what was taken from the scores of a query; not of those that see no
+    key. No elements where backward has its products in 16 bits, which do without."""
+
+
+def offset_of(saved: Saved) -> Tensor | None:
+    """`Saved.offset`, or None where it is not wanted."""
+    return saved.offset if saved.offset.numel() else None
+
 
 def padded_head_dim(head_dim: int) -> int:
     """The next power of two, at least 32."""
@@ -50,8 +59,10 @@ def empty_saved(device: torch.device) -> Saved:
     return Saved(*(torch.empty(0, dtype=dtype, device=device) for dtype in _DTYPES))
 
 
-def new_saved(q_BHND: Tensor, k_BGND: Tensor, tiles: int, block: int) -> Saved:
-    """Uninitialised memory for all of it."""
+def new_saved(
+    q_BHND: Tensor, k_BGND: Tensor, tiles: int, block: int, *, offsets: bool = False
+) -> Saved:
+    """Uninitialised memory for all of it, `offset` where it is wanted."""
     B, H, N, D = q_BHND.shape
     G, DP = k_BGND.shape[1], padded_head_dim(D)
     shapes = (
@@ -62,6 +73,7 @@ def new_saved(q_BHND: Tensor, k_BGND: Tensor, tiles: int, block: int) -> Saved:
         (B, H, tiles),
         (B, G, tiles),
         (B, G, DP),
+        (B, H, N) if offsets else (0,),
     )
     return Saved(
         *(
@@ -71,4 +83,4 @@ def new_saved(q_BHND: Tensor, k_BGND: Tensor, tiles: int, block: int) -> Saved:
     )
 
 
-_DTYPES = (torch.float32, E4M3, E4M3, E4M3, torch.float32, torch.float32, torch.float32)
+_DTYPES = (torch.float32, E4M3, E4M3, E4M3, *(torch.float32,) * 4)

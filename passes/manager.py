@@ -202,13 +202,18 @@ def read_fronts(analysis: Analysis, why_not: str = "", *, strict: bool = True) -
 
 
 def apply(
-    analysis: Analysis, convention: str | None, *, kinds: int = ALL_CELLS, kernel: str = "auto"
+    analysis: Analysis,
+    convention: str | None,
+    *,
+    kinds: int = ALL_CELLS,
+    kernel: str = "auto",
+    fp8_backward: bool = False,
 ) -> Rewritten:
     """Rewrite a graph as analysed.
 
     Args:
         convention: how the timestep becomes a noise level; None when it is not known.
-        kinds, kernel: of the op (`fpsc.kernels.ops`).
+        kinds, kernel, fp8_backward: of the op (`fpsc.kernels.ops`).
     """
     return rewrite(
         analysis.program,
@@ -217,6 +222,7 @@ def apply(
         convention,
         kinds=kinds,
         kernel=kernel,
+        fp8_backward=fp8_backward,
     )
 
 

@@ -81,6 +81,7 @@ def rewrite(
     *,
     kinds: int = ALL_CELLS,
     kernel: str = "auto",
+    fp8_backward: bool = False,
 ) -> Rewritten:
     """Replace every target by `fpsc::attention`.
 
@@ -88,7 +89,7 @@ def rewrite(
         timestep: the input that holds the timestep, or None to take the rows from the caller.
         convention: how a timestep becomes a noise level (`fpsc.kernels.rows`); needed with
             `timestep`.
-        kinds, kernel: of the op; constants of the graph.
+        kinds, kernel, fp8_backward: of the op; constants of the graph.
     """
     spans: list[Found] = []
     for target in targets:
@@ -99,7 +100,7 @@ def rewrite(
     for i, span in enumerate(spans):
         inputs += [f"{name}.{i}" for name in (("span",) if span.in_graph else PLAN)]
     shared = threaded and timestep is not None and _rows_example(timestep).shape[0] == 1
-    writer = _Writer(program, targets, spans, (kinds, kernel), shared_row=shared)
+    writer = _Writer(program, targets, spans, (kinds, kernel), fp8_backward, shared_row=shared)
     module = writer.copy(program.root, inputs, timestep if threaded else None, convention)
     return Rewritten(module, inputs, spans, targets, returns_rows=threaded)
 
@@ -111,6 +112,7 @@ class _Writer:
         targets: list[Target],
         spans: list[Found],
         structure: tuple[int, str],
+        fp8_backward: bool,
         shared_row: bool,
     ) -> None:
         self.program = program
@@ -118,6 +120,7 @@ class _Writer:
         self.shared_row = shared_row
         self.spans = spans
         self.structure = structure
+        self.named = {"fp8_backward": True} if fp8_backward else {}
         self.targets = {t.candidate.call.sdpa: (i, t) for i, t in enumerate(targets)}
 
     def copy(
@@ -227,7 +230,7 @@ class _Writer:
                     site,
                     *self.structure,
                 ),
-                named,
+                named | self.named,
             )
             out = graph.call_function(operator.getitem, (both, 0))
             both.meta.update(_site_meta(original), example_value=(out_example, out_example[..., 0]))

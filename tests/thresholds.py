@@ -17,6 +17,7 @@ KERNEL_FP32 = 1e-5  # 2.5e-6, a gradient; also lse, in all cells (1.4e-7)
 KERNEL_HALF = 6e-4  # 1.5e-4: results of bfloat16 that round the other way
 KERNEL_FP8 = 5e-4  # 1.2e-4
 KERNEL_FP8_GRAD = 5e-4  # 9.2e-5
+KERNEL_FP8_BACKWARD = 2e-3  # of products in FP8
 # Behind a norm and a rotation in the same kernel: a float32 sum in another order makes a value of Q
 # or K round the other way, and where scores are large that shows. The packed values themselves
 # are held to E4M3_OTHERWISE, and cells that are not quantised to TRITON_FP32.
@@ -35,6 +36,7 @@ E4M3_OTHERWISE = 1e-3  # share of packed values that round the other way than th
 # What rounding itself costs, on random numbers.
 HALF_AGAINST_FP32 = 5e-3  # 1.7e-3: half an ulp of bfloat16's 8 bits
 FP8_AGAINST_EXACT = 0.06  # 2.9e-2: three mantissa bits in q, k, v and p, averaged over keys
+FP8_BACKWARD_AGAINST_EXACT = 0.12  # products of backward in FP8 too
 FP8_LSE_AGAINST_EXACT = 1e-2  # 2.5e-3
 
 # A compiled model against the same model uncompiled.

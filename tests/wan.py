@@ -77,7 +77,7 @@ class _Reference(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, tables: tuple[Any, ...]
     ) -> Tensor:
-        modes, plan, scale = tables
+        modes, plan, scale, _ = tables
         lists = (plan.list_ptr, plan.list_idx, plan.order, plan.groups, plan.gather, plan.valid)
         out, lse, _ = reference.forward(q, k, v, modes, *lists, keys, scale)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -87,10 +87,11 @@ class _Reference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        modes, plan, scale = ctx.tables
+        modes, plan, scale, fp8 = ctx.tables
         lists = [getattr(plan, name) for name in PLAN]
         given = (dout, q, k, v, out, lse, None)
-        return *reference.backward(*given, modes, *lists, ctx.keys, scale), None, None
+        rest = (modes, *lists, ctx.keys, scale)
+        return *reference.backward(*given, *rest, fp8_backward=fp8), None, None
 
 
 def query_key_value(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -108,6 +109,7 @@ class ReferenceAttention(TorchFunctionMode):
         text: tokens before and after the video.
         convention: of the timestep.
         every: takes only each so many of the attentions of that many queries and keys.
+        fp8_backward: products of backward are FP8 where those of forward are.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class ReferenceAttention(TorchFunctionMode):
         text: tuple[int, int] = (0, 0),
         convention: str = "flow",
         every: int = 1,
+        fp8_backward: bool = False,
     ) -> None:
         super().__init__()
         self.table = resolve(policy, layers=layers, heads=heads, fp8=True)
@@ -128,6 +131,7 @@ class ReferenceAttention(TorchFunctionMode):
         self.tokens = grid[0] * grid[1] * grid[2] + sum(text)
         self.layer = self.seen = 0
         self.every = every
+        self.fp8_backward = fp8_backward
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -149,11 +153,16 @@ class ReferenceAttention(TorchFunctionMode):
         if torch.is_autocast_enabled("cpu"):  # which casts the arguments of attention, and no more
             q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
         with torch.autocast("cpu", enabled=False):
-            return _Reference.apply(q, k, v, keys, (modes, lists, q.shape[-1] ** -0.5))
+            given = (modes, lists, q.shape[-1] ** -0.5, self.fp8_backward)
+            return _Reference.apply(q, k, v, keys, given)
 
 
 def reference_forward(
-    model: WanTransformer3DModel, inputs: dict[str, Any], policy: Policy
+    model: WanTransformer3DModel,
+    inputs: dict[str, Any],
+    policy: Policy,
+    *,
+    fp8_backward: bool = False,
 ) -> Tensor:
     """Output of the uncompiled model with the reference in place of its video self-attention."""
     patch = model.config.patch_size
@@ -165,6 +174,7 @@ def reference_forward(
         model.config.num_layers,
         grid,
         model.config.num_attention_heads,
+        fp8_backward=fp8_backward,
     )
     with mode:
         return model(**inputs)[0]

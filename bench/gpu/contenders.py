@@ -34,7 +34,7 @@ class Contender:
     """One attention.
 
     run: what is timed, on what `prepare` made of q, k and v; result: its output in raster order.
-    op: whose lists it walks, None where it is dense.
+    op: whose lists it walks, None where it is dense; fp8_backward: its argument of this name.
     baseline: whether the marks compare with it.
     dtype: of its products, "bf16", "fp8" or "int8".
     """
@@ -45,6 +45,7 @@ class Contender:
     baseline: bool = False
     dtype: str = "bf16"
     backward: bool = True
+    fp8_backward: bool = False
     prepare: Callable[[Tensor], Tensor] = _as_it_is
     result: Callable[[Tensor], Tensor] = _as_it_is
 
@@ -52,15 +53,17 @@ class Contender:
 # ---- ours
 
 
-def fpsc_(op: Op, kernel: str, *, named: bool = False) -> Contender:
+def fpsc_(op: Op, kernel: str, *, named: bool = False, fp8_backward: bool = False) -> Contender:
     """named: the name says which implementation it is."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return op(q, k, v, kernel=kernel)[0]
+        return op(q, k, v, kernel=kernel, fp8_backward=fp8_backward)[0]
 
     suffix = "" if op.dtype == "fp8" else f", {op.dtype} cells"
     suffix += f", {kernel}" if named else ""
-    return Contender(f"fpsc keep {op.keep:g}{suffix}", run, op, dtype=op.dtype)
+    suffix += ", backward in fp8" if fp8_backward else ""
+    name = f"fpsc keep {op.keep:g}{suffix}"
+    return Contender(name, run, op, dtype=op.dtype, fp8_backward=fp8_backward)
 
 
 # ---- dense

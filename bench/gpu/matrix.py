@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,7 @@ class Given:
     masked: float = 0.0
     front: Front | None = None
     spoil: Spoil | None = None
+    fp8_backward: bool = False
 
 
 def outliers(x: list[Tensor], t: Tables) -> None:
@@ -154,11 +155,29 @@ CASES = (
     Given("float16, heads of 64, two key heads", dtype=HALF, dim=64, key_heads=2),
     Given("float16, heads of 256", dtype=HALF, dim=256),
 )
+BACKWARD = tuple(
+    replace(given, name=f"{given.name}, backward in fp8", fp8_backward=True)
+    for given in (
+        Given("both kinds of cell, text before", prefix=3),
+        Given("fp8 cells alone", heads=ALL_FP8, prefix=3),
+        Given("masked keys, two key heads", heads=ALL_FP8, key_heads=2, suffix=3, masked=0.3),
+        Given("every key masked", masked=1.0),
+        Given("groups of tiles share scales", heads=SHARED, prefix=3),
+        Given("outliers and tiles of zeros", spoil=outliers),
+        Given("more tiles than a device takes at once", (13, 18, 28), (4, 4, 8), prefix=3),
+        Given("norm across heads, fp8 alone", heads=ALL_FP8, front=across_heads),
+        Given("heads of 64", dim=64, prefix=3, masked=0.3),
+        Given("heads of 72", dim=72),
+        Given("heads of 256", dim=256),
+        Given("float16", dtype=HALF, prefix=3),
+    )
+)
 SMOKE = (
     Given("both kinds of cell, text before", dim=16, prefix=3),
     Given("groups of tiles share scales", heads=SHARED, dim=16),
     Given("values that are not finite", dim=16, spoil=not_finite),
     Given("layer norms, rotated pairs", dim=16, prefix=3, front=layer_norms),
+    Given("backward in fp8", dim=16, prefix=3, fp8_backward=True),
 )
 
 
@@ -169,7 +188,7 @@ def cases(setup: Setup) -> Iterator[Case]:
             yield given.name, partial(check, given, setup, setup.kernel)
         return
     for kernel in ("triton", "gluon"):
-        for given in CASES:
+        for given in (*CASES, *BACKWARD):
             if kernel == "triton":
                 yield given.name, partial(check, given, setup, kernel)
             elif given.heads != ALL_INPUT and setup.serves(kernel, given.dtype, given.dim):
@@ -218,6 +237,7 @@ def check(given: Given, setup: Setup, kernel: str) -> Record:
     mask = torch.rand(B, N) >= given.masked if given.masked else None
     dout = torch.randn(x[0].shape).to(given.dtype)
     options: dict[str, Any] = {"kinds": KINDS.get(given.heads, 3), "scale": SCALE}
+    options["fp8_backward"] = given.fp8_backward
     front = given.front(t, given.dim) if given.front else {}
     expected = forward_backward(
         x,

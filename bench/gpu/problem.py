@@ -68,13 +68,12 @@ class Op:
         *,
         kernel: str,
         heads: slice = slice(None),
-        **before: Any,
+        **others: Any,
     ) -> tuple[Tensor, Tensor]:
-        """out and lse. heads: of the model, those that q, k and v hold. before: what the op does in
-        front of all else."""
+        """out and lse. heads: of the model, those that q, k and v hold. others: of the op."""
         tables: dict[str, Any] = dict(self.tables)
         tables["cells"] = tables["cells"][:, :, heads].contiguous()
-        return ops.attention(q, k, v, **tables, kinds=self.kinds, kernel=kernel, **before)
+        return ops.attention(q, k, v, **tables, kinds=self.kinds, kernel=kernel, **others)
 
     @property
     def visited(self) -> float:

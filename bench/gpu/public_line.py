@@ -58,6 +58,7 @@ def cases(setup: Setup) -> Iterator[Case]:
     for mode in modes:
         yield f"portrait, then landscape, {mode or 'plainly'}", partial(turned, setup, mode)
     yield "gradients against the reference", lambda: gradients(setup)
+    yield "gradients, backward in fp8", lambda: gradients(setup, backward="fp8")
     yield "a training step of a few layers", lambda: training(setup)
 
 
@@ -147,14 +148,17 @@ def turned(setup: Setup, mode: str | None) -> Record:
     return {**record, "compiles": graphs}
 
 
-def gradients(setup: Setup) -> Record:
+def gradients(setup: Setup, **others: Any) -> Record:
+    """others: options of the backend."""
     policy = three_phases(setup)
     model, inputs = small_model(setup), inputs_of(setup, 600.0, GRID)
     weight = torch.randn_like(inputs["hidden_states"])
     there = copy.deepcopy(model).to(setup.device)
-    (reference_forward(model, inputs, policy) * weight).sum().backward()
+    fp8 = others.get("backward") == "fp8"
+    expected = reference_forward(model, inputs, policy, fp8_backward=fp8)
+    (expected * weight).sum().backward()
     with saved(policy) as path:
-        out = fpsattn(setup, there, path)(**to(inputs, setup.device))[0]
+        out = fpsattn(setup, there, path, **others)(**to(inputs, setup.device))[0]
         (out * weight.to(setup.device)).sum().backward()
     found = dict(there.named_parameters())
     errors = {}

@@ -95,7 +95,10 @@ def measure(
     input_dtype: bool = False,
 ) -> Record:
     """Builds, checks and times; what is wrong or does not run is named and not timed."""
-    ours = [fpsc_(Op(shape, keep, "fp8", setup.device), setup.kernel) for keep in keeps]
+    ops = [Op(shape, keep, "fp8", setup.device) for keep in keeps]
+    ours = [fpsc_(op, setup.kernel) for op in ops]
+    if backward:
+        ours += [fpsc_(op, setup.kernel, fp8_backward=True) for op in ops]
     if input_dtype:
         ours.append(fpsc_(Op(shape, 0.25, "bf16", setup.device), setup.kernel))
         if setup.gluon:  # which of the two the first call chose, and by how much
@@ -242,11 +245,12 @@ class Trial:
     def reference(self, contender: Contender) -> list[Tensor]:
         """out, or dq, dk and dv, of the last head by the specification; dense ones share one."""
         op = contender.op or self.dense
-        key = (op.keep, op.dtype, op.layout.tile)
+        key = (op.keep, op.dtype, op.layout.tile, contender.fp8_backward)
         if key not in self.expected:
             leaves = [x[:, -1:].detach().requires_grad_(self.backward) for x in self.x]
             last = slice(op.shape.heads - 1, op.shape.heads)
-            out, _ = op(*leaves, kernel="reference", heads=last)
+            fp8 = contender.fp8_backward
+            out, _ = op(*leaves, kernel="reference", heads=last, fp8_backward=fp8)
             wanted = [out]
             if self.backward:
                 wanted = list(torch.autograd.grad(out, leaves, self.dout[:, -1:]))

@@ -32,7 +32,9 @@ def v_scale(kind: str) -> Iterator[None]:
         yield
 
 
-def _round_together_(v_MD: Tensor) -> None:
-    if len(v_MD) > 0:
-        amax = v_MD.abs().nan_to_num_(nan=0.0).amax()
-        cpu._round_scaled_(v_MD, quantisation_scale(amax))
+def _round_together_(v_MD: Tensor) -> Tensor:
+    if len(v_MD) == 0:
+        return v_MD.new_ones(v_MD.shape[1])
+    s = quantisation_scale(v_MD.abs().nan_to_num_(nan=0.0).amax())
+    cpu._round_scaled_(v_MD, s)
+    return s.expand(v_MD.shape[1])

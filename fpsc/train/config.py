@@ -207,6 +207,11 @@ class TrainSpec(Spec):
     checkpointing: bool = Field(
         default=False, description="true or false: compute activations again in backward"
     )
+    backward: Literal["bf16", "fp8"] = Field(
+        default="bf16",
+        description="bf16 (as autocast has it) or fp8: the products of backward in attentions that "
+        "are FP8 in forward",
+    )
     baseline: bool = Field(
         default=False,
         description="true or false: train dense, to compare with; validation is as without it",
@@ -363,6 +368,8 @@ def _conflicts(spec: TrainSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
         yield ("lora",), "belongs to method: lora; set that, or remove this"
     if spec.baseline and "ramp" in spec.model_fields_set:
         yield ("ramp",), "has nothing to act on in a baseline, which trains dense; remove one"
+    if spec.baseline and spec.backward == "fp8":
+        yield ("backward",), "a baseline has no FP8 attention: remove one, or set this to bf16"
 
 
 def differences(before: Mapping[str, Any], after: Config) -> list[str]:
@@ -372,11 +379,15 @@ def differences(before: Mapping[str, Any], after: Config) -> list[str]:
         before: `Config.values` of then.
     """
     now = after.values()
+    # A key that was not known when a run began had its default, then as now.
+    fields = TrainSpec.model_fields.items()
+    plain = {name: f.default for name, f in fields if isinstance(f.default, str | int | float)}
     found = []
     for name in sorted(now.keys() | before.keys()):
         if name in FREE:
             continue
-        for key, was, is_ in _leaves(name, before.get(name), now.get(name)):
+        was_given = before.get(name, plain.get(name))
+        for key, was, is_ in _leaves(name, was_given, now.get(name)):
             # With a constant rate a longer run is the same run, longer.
             longer = key == "optimiser.steps" and now["optimiser"]["decay"] == "none"
             if was != is_ and not longer:

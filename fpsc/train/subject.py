@@ -185,7 +185,7 @@ class Subject:
         Args:
             latents: such as the model will get.
         """
-        options: dict[str, Any] = {"policy": policy}
+        options: dict[str, Any] = {"policy": policy, "backward": self.config.spec.backward}
         # Of packed latents the backend sees no grid. They are then all of one.
         grid = self._arrangement.grid(latents.shape)
         if grid is not None:

@@ -329,8 +329,8 @@ def attend_rows(
     """A consumer, 0 or 1."""
     q_smem, k_smem, v_smem, q_full, q_empty, full, empty, turns = buffers
     (
-        q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, work_ptr, list_idx,
-        gather_ptr, valid_ptr,
+        q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, offset_ptr, work_ptr,
+        list_idx, gather_ptr, valid_ptr,
     ) = tensors  # fmt: skip
     items, scale, H, G, N, TILES = sizes
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -387,6 +387,8 @@ def attend_rows(
         at = head.to(gl.int64) * N + position
         lse += gl.load(shift_ptr + at, mask=real, other=0.0)
         gl.store(lse_ptr + at, lse, mask=real)
+        if offset_ptr is not None:
+            gl.store(offset_ptr + at, m, mask=real)
         position, real = positions(me, tile, gather_ptr, valid_ptr, N, gl.SliceLayout(1, STORED))
         channel = gl.arange(0, DP, gl.SliceLayout(0, STORED))
         at = ((b.to(gl.int64) * N + position) * H + h) * D
@@ -417,7 +419,7 @@ def ring(SIZE: gl.constexpr, ARRIVALS: gl.constexpr):
 @gluon.jit
 def attend(
     q_desc, k_desc, v_desc, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr,
-    heads_ptr, work_ptr, list_idx, gather_ptr, valid_ptr, scale, H, G, N, TILES,
+    offset_ptr, heads_ptr, work_ptr, list_idx, gather_ptr, valid_ptr, scale, H, G, N, TILES,
     D: gl.constexpr, DP: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """All FP8 cells; arguments as in `fpsc.kernels.triton.forward.attend`, but:
@@ -440,8 +442,8 @@ def attend(
     turns = ring(2, 1)
     buffers = (q_smem, k_smem, v_smem, q_full, q_empty, full, empty, turns)
     tensors = (
-        q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, work_ptr, list_idx,
-        gather_ptr, valid_ptr,
+        q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, offset_ptr, work_ptr,
+        list_idx, gather_ptr, valid_ptr,
     )  # fmt: skip
     sizes = (items, scale, H, G, N, TILES)
     gl.warp_specialize(

@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fpsc.kernels.gluon import forward
-from fpsc.kernels.saved import Saved
+from fpsc.kernels.saved import Saved, offset_of
 from fpsc.kernels.triton import schedule, tune
 from fpsc.kernels.triton.configs import BLOCK, Config
 from fpsc.kernels.triton.launch import launch
@@ -66,8 +66,9 @@ def attend(
     launch(
         forward.attend, (min(items, tune.multiprocessors(call.q.device)),),
         *descriptors(tiles), saved.q_scale, meta.view(torch.int64), saved.v_scale, saved.shift, out,
-        lse, heads, work, seen.idx, gather, valid, abs(call.scale), H, G, N, TILES,
-        D=call.fixed["D"], DP=DP, STAGES=config.stages, PAIRS=config.BN > BLOCK, **config.launch(),
+        lse, offset_of(saved), heads, work, seen.idx, gather, valid, abs(call.scale), H, G, N,
+        TILES, D=call.fixed["D"], DP=DP, STAGES=config.stages, PAIRS=config.BN > BLOCK,
+        **config.launch(),
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""The backward kernels: dq over the lists, dk and dv over their transpose.
+"""The backward kernels: dq over the lists, dk and dv over their transpose. Products in 16 bits.
 
 The formulas are those of `fpsc.kernels.reference`. All products see 16-bit operands (float32 where
 the input is), for both kinds of cell: e4m3 is exact in them, so S of an FP8 cell is the S of its
-forward, and the scales are numbers beside the products. `widen_tiles` makes those operands.
+forward, and the scales are numbers beside the products. `widen_tiles` makes those operands. FP8
+products: `fpsc.kernels.triton.backward_fp8`.
 
 FP8 values reach 448. Scales of amax / 448 in dS would leave the range of float16 at its lower end,
 so dS carries 448 times the scale, and the result is divided by 448.
@@ -101,9 +102,12 @@ def query_gradients(
     modes_ptr, list_ptr, list_idx, visits_ptr, order_ptr, gather_ptr, valid_ptr,
     scale, B, H, G, N, TILES, PATTERNS, ENTRIES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, SKIP_FP8: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, H, N, D]. One program a part of a query tile of a head; see `gradient_tiles`."""
+    """dq [B, H, N, D]. One program a part of a query tile of a head; see `gradient_tiles`.
+
+    SKIP_FP8: dq of FP8 cells is not written.
+    """
     QUERY_PARTS: tl.constexpr = BLOCK // BM
     KEY_PARTS: tl.constexpr = BLOCK // BN
     q_desc = tl.make_tensor_descriptor(q_ptr, [B * H * TILES * BLOCK, DP], [DP, 1], [BM, DP])
@@ -115,6 +119,9 @@ def query_gradients(
     part = item % QUERY_PARTS
     pattern = tl.load(modes_ptr + head * 3)
     fp8 = tl.load(modes_ptr + head * 3 + 1) == 1
+    active = True
+    if SKIP_FP8:
+        active = tl.load(modes_ptr + head * 3 + 1) != 1
     tile = tl.load(order_ptr + pattern * TILES + (item // QUERY_PARTS) % TILES)
     b, h = head // H, head % H
     key_head = b * G + h // (H // G)
@@ -134,6 +141,7 @@ def query_gradients(
     list_idx, visits = list_of(
         list_ptr, list_idx, visits_ptr, b, pattern, tile, TILES, PATTERNS, ENTRIES
     )
+    visits = tl.where(active, visits, 0)
     dq = tl.zeros([BM, DP], tl.float32)
     for j in tl.range(0, visits * KEY_PARTS, num_stages=STAGES):
         w = tl.load(list_idx + j // KEY_PARTS)
@@ -143,16 +151,18 @@ def query_gradients(
         k = k_desc.load([key_row + row, 0])
         s = tl.dot(q, k.T)
         p = tl.math.exp2(s * (q_scale * k_scale) - lse2[:, None])
-        taking_part = columns < keys - (j % KEY_PARTS) * BN
-        p = tl.where(taking_part[None, :], p, 0.0)
+        keys -= (j % KEY_PARTS) * BN
+        if keys < BN:  # the last of a tile
+            p = tl.where((columns < keys)[None, :], p, 0.0)
         v = v_desc.load([key_row + row, 0])
         dp = tl.dot(dout, v.T)
-        ds = p * (dp - delta[:, None]) * (k_scale * factor)
+        unit = k_scale * factor
+        ds = p * (dp * unit - (delta * unit)[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq)
 
     dq *= scale / factor
     position = tl.load(gather_ptr + tile * BLOCK + rows).to(tl.int64)
-    real = (rows < tl.load(valid_ptr + tile)) & (position >= 0) & (position < N)
+    real = (rows < tl.load(valid_ptr + tile)) & (position >= 0) & (position < N) & active
     channels = tl.arange(0, DP)
     to = dq_ptr + (head.to(tl.int64) * N + position)[:, None] * D + channels[None, :]
     mask = real[:, None] & (channels < D)[None, :]
@@ -165,11 +175,12 @@ def key_gradients(
     modes_ptr, back_ptr, back_idx, order_ptr, gather_ptr, count_ptr, stride_gather, stride_count,
     scale, B, H, G, N, TILES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, SKIP_FP8: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [B, G, N, D]. One program a part of a key tile, for all query heads of its key head.
 
-    gather, count: of the keys that take part; rows of other keys are not written.
+    gather, count: of the keys that take part; rows of other keys are not written. SKIP_FP8: nor
+    are those of FP8 cells.
     """
     QUERY_PARTS: tl.constexpr = BLOCK // BM
     KEY_PARTS: tl.constexpr = BLOCK // BN
@@ -183,6 +194,9 @@ def key_gradients(
     b = key_head // G
     first_head = b * H + (key_head % G) * (H // G)
     fp8 = tl.load(modes_ptr + first_head * 3 + 1) == 1  # the same for all heads of a key head
+    active = True
+    if SKIP_FP8:
+        active = tl.load(modes_ptr + first_head * 3 + 1) != 1
     order = tl.load(modes_ptr + first_head * 3) * TILES + (item // KEY_PARTS) % TILES
     tile = tl.load(order_ptr + order)
 
@@ -195,7 +209,7 @@ def key_gradients(
 
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, DP], tl.float32)
-    for head in range(first_head, first_head + H // G):
+    for head in range(first_head, first_head + tl.where(active, H // G, 0)):
         pattern = tl.load(modes_ptr + head * 3)
         first = tl.load(back_ptr + pattern * (TILES + 1) + tile)
         visits = tl.load(back_ptr + pattern * (TILES + 1) + tile + 1) - first
@@ -211,7 +225,8 @@ def key_gradients(
             dout = dout_desc.load([row, 0])
             dv = tl.dot(p.to(dout.dtype), dout, dv)
             dp = tl.dot(v, dout.T)
-            ds = p * (dp - delta[None, :]) * (q_scale * factor)
+            unit = q_scale * factor
+            ds = p * (dp * unit - (delta * unit)[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk)
 
     dk *= scale / factor
@@ -219,7 +234,7 @@ def key_gradients(
     real = rows < tl.load(count_ptr + b * stride_count + tile)
     at = gather_ptr + b * stride_gather + tile * BLOCK + rows
     position = tl.load(at, mask=real, other=-1).to(tl.int64)
-    real = real & (position >= 0) & (position < N)
+    real = real & (position >= 0) & (position < N) & active
     channels = tl.arange(0, DP)
     to = (key_head.to(tl.int64) * N + position)[:, None] * D + channels[None, :]
     mask = real[:, None] & (channels < D)[None, :]

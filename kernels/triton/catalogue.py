@@ -6,13 +6,15 @@ Types and constants are those that `fpsc.kernels.triton.attention` and `prologue
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 from fpsc.kernels.gluon import forward as gluon
-from fpsc.kernels.triton import backward, forward, pack, schedule
+from fpsc.kernels.triton import backward, backward_fp8, forward, pack, schedule
 from fpsc.kernels.triton.configs import (
     BACKWARD,
     BLOCK,
+    FP8_BACKWARD,
     Config,
     candidates,
     pack_warps,
@@ -21,11 +23,13 @@ from fpsc.kernels.triton.configs import (
 from fpsc.kernels.triton.variants import CAPABILITIES, FP8_CAPABILITIES, Variant
 
 HEAD_DIMS = (32, 64, 128, 256)  # padded
+FP8_TILES = {f"{x}_ptr" for x in ("q", "k", "v", "y", "turned", "k_turned")}
 OPERANDS = ("q", "k", "v")
 
 FLOAT32 = {
     "partial_ptr", "mean_ptr", "v_scale_ptr", "q_scale_ptr", "shift_ptr", "scale_ptr",
-    "largest_ptr", "lse_ptr", "delta_ptr", "lse2_ptr", "rstd_ptr",
+    "largest_ptr", "lse_ptr", "delta_ptr", "lse2_ptr", "rstd_ptr", "offset_ptr", "norm_ptr",
+    "tile_ptr", "row_ptr",
 }  # fmt: skip
 NUMBERS = {"scale", "softmax_scale", "epsilon"}
 NOTHING_BEFORE = {
@@ -49,14 +53,16 @@ def _products(
 ) -> Iterator[Variant]:
     """The kernels with matrix products, in every configuration offered."""
     cc = divmod(capability, 10)
-    for kernel in ("fp8", "input", "query_gradients", "key_gradients"):
-        if kernel == "fp8" and capability not in FP8_CAPABILITIES:
+    for kernel in ("fp8", "input", *BACKWARD, *FP8_BACKWARD):
+        if kernel in ("fp8", *FP8_BACKWARD) and capability not in FP8_CAPABILITIES:
             continue
         orders = {permutes_v(cc), True} if kernel == "fp8" else {False}
         for permuted in sorted(orders):  # on Hopper also permuted, for measurements
             configs = candidates(kernel, cc, dp, permuted=permuted)
             for config in configs[:1] if first_only else configs:
                 yield _product(kernel, capability, element, dp, config, permuted)
+            if kernel == "fp8" and permuted == permutes_v(cc):
+                yield _product(kernel, capability, element, dp, configs[0], permuted, offset=True)
 
 
 def _product(
@@ -66,8 +72,10 @@ def _product(
     dp: int,
     config: Config,
     permuted: bool,
+    offset: bool = False,
 ) -> Variant:
-    name = f"{kernel}-{element}-{dp}-{config.name}" + "-permuted" * permuted
+    """offset: it also leaves what a backward with FP8 products needs beside."""
+    name = f"{kernel}-{element}-{dp}-{config.name}" + "-permuted" * permuted + "-offset" * offset
     arguments = config.arguments()
     options = {key: arguments.pop(key) for key in ("num_warps", "num_stages")}
     arguments |= {"D": dp, "DP": dp, "BLOCK": BLOCK}
@@ -76,14 +84,20 @@ def _product(
         "options": options,
         "head_dim": dp,
         "capabilities": (capability,),
-        "product": "fp8" if kernel == "fp8" else element,
+        "product": "fp8" if "fp8" in kernel else element,
     }
-    if kernel in BACKWARD:
-        function = getattr(backward, kernel)
-        keys = config.BN if kernel == "query_gradients" else None
-        signature = _signature(function, element, **arguments)
+    if kernel in (*BACKWARD, *FP8_BACKWARD):
+        function = getattr(backward if kernel in BACKWARD else backward_fp8, kernel)
+        keys = config.BN if kernel.startswith("query") else config.BM
+        if kernel in BACKWARD:
+            signature = _signature(function, element, **arguments, SKIP_FP8=False)
+        else:
+            arguments |= {"EACH": 1} if kernel.startswith("key") else {}
+            signature = _signature(function, element, **arguments)
+            signature |= dict.fromkeys(FP8_TILES & signature.keys(), "*fp8e4nv:16")
         return Variant(kernel=function, signature=signature, role="backward", keys=keys, **shared)
     arguments |= {**config.schedule(), "FP8": kernel == "fp8", "visits_ptr": None}
+    arguments["offset_ptr"] = "*fp32:16" if offset else None
     signature = _signature(forward.attend, element, PERMUTED=permuted, **arguments)
     if kernel == "fp8":
         signature |= {f"{x}_ptr": "*fp8e4nv:16" for x in OPERANDS}
@@ -101,15 +115,17 @@ def _product(
 
 def _gluon(capability: int, element: str, dp: int) -> Iterator[Variant]:
     """The Gluon kernel, where it serves."""
-    for config in candidates("fp8_gluon", divmod(capability, 10), dp):
+    configs = candidates("fp8_gluon", divmod(capability, 10), dp)
+    for config, offset in product(configs, (False, True)):
         half = BLOCK // 2
         signature = _signature(
-            gluon.attend, element, D=dp, DP=dp, STAGES=config.stages, PAIRS=config.BN > BLOCK,
+            gluon.attend, element, offset_ptr="*fp32:16" if offset else None, D=dp, DP=dp,
+            STAGES=config.stages, PAIRS=config.BN > BLOCK,
             q_desc=_descriptor([half, dp]), k_desc=_descriptor([half // 2, 1, 2, dp]),
             v_desc=_descriptor([dp, BLOCK]),
         )  # fmt: skip
         yield Variant(
-            name=f"fp8-{element}-{dp}-{config.name}",
+            name=f"fp8-{element}-{dp}-{config.name}" + "-offset" * offset,
             kernel=gluon.attend,
             signature=signature,
             options=config.launch(),
@@ -159,7 +175,7 @@ def _prologue(capability: int, element: str = "bf16", dp: int = 128) -> Iterator
                 yield Variant(
                     name=f"pack-{letter}-{kind}-{element}-{dp}{suffix}",
                     kernel=pack.pack_tiles, signature=signature,
-                    **plain | {"options": {"num_warps": pack_warps(dp, rotated=bool(suffix))}},
+                    **plain | {"options": {"num_warps": pack_warps(dp, two=bool(suffix))}},
                 )  # fmt: skip
     signature = _signature(pack.token_statistics, element, D=dp, DP=dp, ROWS=32)
     yield Variant(
@@ -196,7 +212,7 @@ def _prologue(capability: int, element: str = "bf16", dp: int = 128) -> Iterator
         yield Variant(
             name=f"group-maxima-{element}-{dp}{suffix}", kernel=pack.group_maxima,
             signature=signature,
-            **plain | {"options": {"num_warps": pack_warps(dp, rotated=bool(suffix))}},
+            **plain | {"options": {"num_warps": pack_warps(dp, two=bool(suffix))}},
         )  # fmt: skip
     signature = _signature(pack.finish_statistics, element, DP=dp, ROWS=32)
     yield Variant(
@@ -211,6 +227,22 @@ def _prologue(capability: int, element: str = "bf16", dp: int = 128) -> Iterator
             name=f"widen-{letter}-{element}-{dp}", kernel=backward.widen_tiles,
             signature=signature, **around,
         )  # fmt: skip
+        signature = _signature(
+            backward_fp8.turn_tiles, element, x_ptr="*fp8e4nv:16", y_ptr="*fp8e4nv:16", DP=dp,
+            BLOCK=BLOCK, OPERAND=operand, PERMUTED=permutes_v(divmod(capability, 10)),
+        )  # fmt: skip
+        yield Variant(
+            name=f"turn-{letter}-{dp}", kernel=backward_fp8.turn_tiles, signature=signature,
+            **around,
+        )  # fmt: skip
+    signature = _signature(
+        backward_fp8.quantise_gradients, element, **sizes, y_ptr="*fp8e4nv:16",
+        y_turned_ptr="*fp8e4nv:16",
+    )  # fmt: skip
+    yield Variant(
+        name=f"quantise-gradients-{element}-{dp}", kernel=backward_fp8.quantise_gradients,
+        signature=signature, **around | {"options": {"num_warps": pack_warps(dp, two=True)}},
+    )  # fmt: skip
 
 
 def _signature(kernel: Any, element: str, **given: Any) -> dict[str, Any]:

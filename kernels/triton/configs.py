@@ -69,13 +69,14 @@ FORWARD = ("fp8", "input")
 GLUON = ("fp8_gluon", "fp8_hopper")
 """FP8 cells by the Gluon kernel alone, or by it where it is faster than any other candidate."""
 BACKWARD = ("query_gradients", "key_gradients")
+FP8_BACKWARD = ("query_gradients_fp8", "key_gradients_fp8")
 
 INTERPRETED = Config(128, 128, 4, 1)
 
 
-def pack_warps(dp: int, rotated: bool = False) -> int:
-    """Warps of a kernel that holds a tile, or two where it is rotated, in float32 registers."""
-    return min(max(dp // 16, 4) * (4 if rotated else 1), 32)
+def pack_warps(dp: int, two: bool = False) -> int:
+    """Warps of a kernel that holds a tile in float32 registers, or two, as where it is rotated."""
+    return min(max(dp // 16, 4) * (4 if two else 1), 32)
 
 
 def permutes_v(capability: tuple[int, int]) -> bool:
@@ -104,8 +105,8 @@ def candidates(
     *,
     permuted: bool | None = None,
 ) -> tuple[Config, ...]:
-    """Configurations of a kernel: "fp8" or "input", which is forward for one kind of cell, one of
-    `GLUON`, "query_gradients" or "key_gradients".
+    """Configurations of a kernel: "fp8" or "input", which is forward for one kind of cell, or one
+    of `GLUON`, `BACKWARD` and `FP8_BACKWARD`.
 
     dp: padded head_dim; permuted: V is stored so, None for what `permutes_v` says. They serve
     bfloat16 and float16 alike.
@@ -152,6 +153,8 @@ def _candidates(kernel: str, capability: tuple[int, int], dp: int) -> tuple[Conf
         if dp > 128:
             return (Config(128, 64, 8, 2),) if roomy else (Config(64, 32, 4, 2),)
         return (Config(128, 64, 8, 2), Config(128, 32, 4, 2), Config(64, 64, 4, 2))
+    if kernel in FP8_BACKWARD:
+        return _fp8_backward(kernel, roomy, dp)
     if dp > 128:
         return (Config(64, 32, 8, 1),) if kernel == "query_gradients" else (Config(16, 64, 8, 1),)
     if kernel == "query_gradients":
@@ -163,3 +166,19 @@ def _candidates(kernel: str, capability: tuple[int, int], dp: int) -> tuple[Conf
             return (Config(32, 64, 4, 1), Config(16, 128, 8, 1))
         return (Config(32, 128, 8, 2), Config(32, 64, 4, 2))
     return (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2))
+
+
+def _fp8_backward(kernel: str, roomy: bool, dp: int) -> tuple[Config, ...]:
+    """roomy: with shared memory for the buffers of two stages."""
+    if dp > 128:
+        queries = kernel == "query_gradients_fp8"
+        return (Config(64, 32, 8, 1),) if queries else (Config(32, 64, 8, 1),)
+    if kernel == "query_gradients_fp8":
+        if dp > 64 and not roomy:
+            return (Config(64, 64, 4, 2), Config(128, 32, 8, 2))
+        return (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 4, 2))
+    if dp > 64:
+        if not roomy:
+            return (Config(32, 64, 4, 2), Config(32, 128, 8, 1))
+        return (Config(32, 128, 8, 2),)
+    return (Config(64, 128, 8, 2), Config(64, 64, 4, 2))

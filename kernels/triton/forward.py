@@ -66,8 +66,8 @@ def list_of(list_ptr, list_idx, visits_ptr, b, pattern, tile, TILES, PATTERNS, E
 @triton.jit
 def attend_tile(
     q_desc, k_desc, v_desc, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr,
-    modes_ptr, heads_ptr, list_ptr, list_idx, visits_ptr, order_ptr, gather_ptr, valid_ptr,
-    item, active, scale, H, G, N, TILES, PATTERNS, ENTRIES,
+    offset_ptr, modes_ptr, heads_ptr, list_ptr, list_idx, visits_ptr, order_ptr, gather_ptr,
+    valid_ptr, item, active, scale, H, G, N, TILES, PATTERNS, ENTRIES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FP8: tl.constexpr, PERMUTED: tl.constexpr, SPECIALISE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -145,6 +145,8 @@ def attend_tile(
     if FP8:
         lse += tl.load(shift_ptr + row_of, mask=real, other=0.0)
     tl.store(lse_ptr + row_of, lse, mask=real)
+    if offset_ptr is not None:
+        tl.store(offset_ptr + row_of, m, mask=real)
     out_row = ((b.to(tl.int64) * N + position) * H + h) * D
     tl.store(
         out_ptr + out_row[:, None] + channels[None, :],
@@ -156,8 +158,8 @@ def attend_tile(
 @triton.jit
 def attend(
     q_ptr, k_ptr, v_ptr, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr,
-    modes_ptr, heads_ptr, list_ptr, list_idx, visits_ptr, order_ptr, gather_ptr, valid_ptr,
-    scale, B, H, G, N, TILES, PATTERNS, ENTRIES,
+    offset_ptr, modes_ptr, heads_ptr, list_ptr, list_idx, visits_ptr, order_ptr, gather_ptr,
+    valid_ptr, scale, B, H, G, N, TILES, PATTERNS, ENTRIES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FP8: tl.constexpr, PERMUTED: tl.constexpr, SPECIALISE: tl.constexpr, STAGES: tl.constexpr,
     PERSISTENT: tl.constexpr,
@@ -167,7 +169,7 @@ def attend(
     q, k: tile order [B, heads, TILES, BLOCK, DP]; v: the same, or where FP8 transposed [B, G, DP,
     TILES * BLOCK]. meta: int64 [B, G, TILES], see `load_meta`. heads: [1 + B * H], how many heads
     have this kind of cell, then which, the costliest first. Lists: see `list_of`. out: [B, N, H,
-    D]; lse, shift [B, H, N]. scale > 0: its sign is in q.
+    D]; lse, shift, offset [B, H, N]; offset: m, or None. scale > 0: its sign is in q.
 
     Items go head by head, whose keys stay in the cache, and in a head in the order of its pattern.
     PERSISTENT: a program takes item after item; else there are as many programs as items.
@@ -185,9 +187,9 @@ def attend(
         for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
             attend_tile(
                 q_desc, k_desc, v_desc, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr,
-                lse_ptr, modes_ptr, heads_ptr, list_ptr, list_idx, visits_ptr, order_ptr,
-                gather_ptr, valid_ptr, item, True, scale, H, G, N, TILES, PATTERNS, ENTRIES,
-                D, DP, BLOCK, BM, BN, FP8, PERMUTED, SPECIALISE, STAGES,
+                lse_ptr, offset_ptr, modes_ptr, heads_ptr, list_ptr, list_idx, visits_ptr,
+                order_ptr, gather_ptr, valid_ptr, item, True, scale, H, G, N, TILES, PATTERNS,
+                ENTRIES, D, DP, BLOCK, BM, BN, FP8, PERMUTED, SPECIALISE, STAGES,
             )  # fmt: skip
     else:
         # Programs without an item do nothing with the first: a branch around all of it would cost
@@ -195,8 +197,8 @@ def attend(
         item = tl.program_id(0)
         attend_tile(
             q_desc, k_desc, v_desc, q_scale_ptr, meta_ptr, v_scale_ptr, shift_ptr, out_ptr,
-            lse_ptr, modes_ptr, heads_ptr, list_ptr, list_idx, visits_ptr, order_ptr,
-            gather_ptr, valid_ptr, tl.where(item < items, item, 0), item < items,
+            lse_ptr, offset_ptr, modes_ptr, heads_ptr, list_ptr, list_idx, visits_ptr,
+            order_ptr, gather_ptr, valid_ptr, tl.where(item < items, item, 0), item < items,
             scale, H, G, N, TILES, PATTERNS, ENTRIES,
             D, DP, BLOCK, BM, BN, FP8, PERMUTED, SPECIALISE, STAGES,
         )  # fmt: skip

@@ -240,7 +240,7 @@ def quantise(
             x, mean, call.modes, groups, where.gather, where.counts, largest[operand],
             *x.stride()[:3], where.gather_stride, where.count_stride, *before, *call.sizes,
             **call.fixed, OPERAND=operand, **compiled_in,
-            num_warps=configs.pack_warps(DP, rotated=turn is not None),
+            num_warps=configs.pack_warps(DP, two=turn is not None),
         )  # fmt: skip
     tiles = Tiles(saved.q8, saved.k8, saved.v8)
     _pack(call, keys, tiles, meta, saved, mean, groups, largest, permuted=permuted)
@@ -278,5 +278,27 @@ def _pack(
             *inputs, call.scale, *call.sizes,
             **call.fixed, OPERAND=operand, FP8=saved is not None,
             PERMUTED=permuted and operand == 2, **compiled_in,
-            num_warps=configs.pack_warps(call.fixed["DP"], rotated=rotation is not None),
+            num_warps=configs.pack_warps(call.fixed["DP"], two=rotation is not None),
         )  # fmt: skip
+
+
+def call_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    modes: Tensor,
+    gather: Tensor,
+    valid: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    before: Before = NOTHING_BEFORE,
+) -> Call:
+    """The inputs as the kernels want them."""
+    q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
+    before = ready(before, q, k)
+    return Call(q, k, v, modes.contiguous(), gather, valid, key_mask, scale, before)
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """x, copied where the channels of a row are not side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()

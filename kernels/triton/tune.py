@@ -38,6 +38,8 @@ PERMUTE_V: bool | None = None
 
 _chosen: dict[str, Config] = {}
 
+Run = Callable[[Config], None]
+
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
@@ -61,9 +63,7 @@ def permutes_v(device: torch.device) -> bool:
     return configs.permutes_v(capability(device))
 
 
-def choose(
-    kernel: str, device: torch.device, dtype: torch.dtype, dp: int, run: Callable[[Config], None]
-) -> Config:
+def choose(kernel: str, device: torch.device, dtype: torch.dtype, dp: int, run: Run) -> Config:
     """The configuration for a call; `run` launches it with one, and may be called several times.
 
     Raises: RuntimeError where no candidate can be launched, with what each of them said.
@@ -96,7 +96,7 @@ def cache_file() -> Path:
     return Path(folder) / "tuned.json"
 
 
-def _fastest(key: str, found: Sequence[Config], run: Callable[[Config], None]) -> Config:
+def _fastest(key: str, found: Sequence[Config], run: Run) -> Config:
     times: dict[Config, list[float]] = {}
     said: list[str] = []
     for config in found:

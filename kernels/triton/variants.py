@@ -26,7 +26,8 @@ class Variant:
     options          num_warps, num_stages, maxnreg, ...: what the launch passes to Triton
     product          type of the operands of its (first) matrix product; None where it has none.
                      Those of fp32 are exact, and so not on tensor cores
-    keys             keys that one iteration of the hot loop takes; None where it has no such loop
+    keys             keys that one iteration of the hot loop takes, of dk and dv queries; None where
+                     there is no such loop
     specialised      warps with roles of their own: some load, others compute
     language         what the kernel is written in
     capabilities     the GPUs that it is launched on

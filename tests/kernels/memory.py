@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 from triton.runtime import interpreter
 
-from fpsc.kernels.triton import attention, prologue
+from fpsc.kernels.triton import attention, gradients, prologue
 from fpsc.kernels.triton.launch import launch
 
 
@@ -47,7 +47,7 @@ class Launches:
         monkeypatch.setattr(builder, "create_masked_load", checked_load)
         monkeypatch.setattr(builder, "create_masked_store", checked_store)
         monkeypatch.setattr(builder, "create_atomic_rmw", checked_atomic)
-        for module in (attention, prologue):
+        for module in (attention, gradients, prologue):
             monkeypatch.setattr(module, "launch", self.launch)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

@@ -49,7 +49,7 @@ from tests.thresholds import (
 if not interpreter.ACTIVE:
     pytest.skip("kernels are compiled here: TRITON_INTERPRET=0", allow_module_level=True)
 
-from fpsc.kernels.triton import attention, configs, prologue, tune
+from fpsc.kernels.triton import attention, configs, gradients, prologue, tune
 from fpsc.kernels.triton.configs import Config
 from tests.kernels.memory import Last, Launches, run_last_places_alone
 
@@ -552,7 +552,7 @@ def test_offsets_beyond_32_bits(fp8, launches, monkeypatch):
         watched(kernel, tuple(map(Last, grid)), *args, **options)
 
     monkeypatch.setattr(prologue, "CHUNKS", 1)
-    for module in (attention, prologue):
+    for module in (attention, gradients, prologue):
         monkeypatch.setattr(module, "launch", last)
     for found, of in zip(results_of_last(*far, wide), expected, strict=True):
         assert torch.equal(found[:, -1:, rows], of[:, :, rows])
