@@ -65,7 +65,9 @@ class Instrument:
         self, model: nn.Module, policy: Policy, options: Mapping[str, Any] | None = None
     ) -> None:
         self.model, self.policy = model, policy
-        self.options = Options(policy=policy, **(options or {}))
+        # The plain op: what is measured is q, k and v as they are attended to.
+        plain = {"fuse_prologue": False, "backward": "bf16"}
+        self.options = Options(policy=policy, **{**(options or {}), **plain})
         family = family_of(model)
         stated = self.options.timestep.convention
         self.convention = stated or (family.convention if family else None)
