@@ -19,8 +19,8 @@ from torch import Tensor
 from fpsc.kernels.before import NOTHING_BEFORE, Before
 from fpsc.kernels.kinds import FP8_CELLS, INPUT_CELLS
 from fpsc.kernels.saved import Saved, new_saved, offset_of
-from fpsc.kernels.triton import forward as forward_kernels
 from fpsc.kernels.triton import configs, schedule, tune
+from fpsc.kernels.triton import forward as forward_kernels
 from fpsc.kernels.triton.configs import Config
 from fpsc.kernels.triton.gradients import backward
 from fpsc.kernels.triton.launch import launch
