@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 
 import fpsc
 from fpsc.cli import app
+from fpsc.cost import DeviceCost, Kind, Point
 from fpsc.errors import UserError
 from fpsc.policy import Policy
 from fpsc.tune import modes, subjects, tune, validate
 from fpsc.tune.budget import parse
 from fpsc.tune.choose import Wishes
+from fpsc.tune.cost import Cost
 from fpsc.tune.record import Calibration
 from fpsc.tune.validate import Validation, Validator
 from tests.compiled import NO_RECOMPILE, compile_whole
@@ -200,6 +202,22 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(ids.found) == len(set(ids.found))
     assert page.count("<figure>") == 4 and "http://" not in page.replace("http://www.w3.org", "")
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_says_how_costs_were_fitted(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    point = Point(name="one", seconds=1.0, predicted=1.07, held_out=True)
+    device = DeviceCost(
+        device="made up", source="measured", workers=1, head_dim=64, overhead=0.0, bandwidth=1.0,
+        kinds={"bf16": Kind(item=0.0, tile=2e-3)}, points=(point,),
+    )  # fmt: skip
+    heads = tuple(1.0 - 0.05 * i for i in range(len(CANDIDATES)))
+    path = saved(made(cost=Cost(kind="measured", heads=heads, device=device)), tmp_path)
+    done = invoke("--from", str(path), "--report", "--out", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "out" / "tune.html").read_text()
+    assert "by a model fitted to times of this device" in page
+    assert "2.00 ms</data> a tile that it visits" in page and "7.0%" in page
 
 
 def test_help_and_solving_do_not_wait_for_the_compiler(checkout: Path, tmp_path: Path) -> None:
