@@ -145,18 +145,21 @@ class Forward:
         """dq, dk, dv."""
         given = to_bf16(self.head.dout) * self.c / self.total
         do, most = ROUND[way.do]
-        y = given if way.do == "bf16" else _round_tiles(given, most, do)
+        r = torch.ones(()) if way.do == "bf16" else _unit_of_tiles(given, most)
+        y = given if way.do == "bf16" else do(given / r) * r
         seen = given if way.dp == "bf16" else y
         delta = ((given if way.delta == "given" else seen) * (self.out / self.c)).sum(1, True)
         p = ROUND[way.p][0](self.p)
         ds = self.p * (seen @ self.v8.T - delta)
-        of_queries, of_keys = self._round(ds, seen, delta, way)
+        of_queries, of_keys = self._round(ds, seen, delta, r, way)
         dq = self.head.scale * of_queries @ self.k
         dk = self.head.scale * of_keys.T @ self.q
         return dq, dk, p.T @ y / self.c
 
-    def _round(self, ds: Tensor, y: Tensor, delta: Tensor, way: Way) -> tuple[Tensor, Tensor]:
-        """dS for dQ, and for dK."""
+    def _round(
+        self, ds: Tensor, y: Tensor, delta: Tensor, r: Tensor, way: Way
+    ) -> tuple[Tensor, Tensor]:
+        """dS for dQ, and for dK. A bound's power of two is one of y / r, as products see it."""
         to, most = ROUND[way.ds]
         if way.ds == "bf16":
             return to(ds), to(ds)
@@ -167,7 +170,7 @@ class Forward:
             return rounded, rounded
         largest = self.v8.norm(dim=1).amax()
         bound = 2**P_OFFSET * (y.norm(dim=1, keepdim=True) * largest + delta.abs())
-        of_row = _power_of_two(bound * (E4M3_MAX / most))
+        of_row = _power_of_two(bound / r * (E4M3_MAX / most)) * r
         of_tile = _of_tiles(of_row)
         return to(ds / of_row) * of_row, to(ds / of_tile) * of_tile
 
@@ -184,8 +187,13 @@ def _of_tiles(x: Tensor) -> Tensor:
 
 
 def _round_tiles(x: Tensor, most: float, to: Rounding) -> Tensor:
-    unit = quantisation_scale(_of_tiles(x.abs()) * (E4M3_MAX / most))
+    unit = _unit_of_tiles(x, most)
     return to(x / unit) * unit
+
+
+def _unit_of_tiles(x: Tensor, most: float) -> Tensor:
+    """The scale of each row's tile, [N, 1]: its largest value becomes the largest of the format."""
+    return quantisation_scale(_of_tiles(x.abs()) * (E4M3_MAX / most))
 
 
 # ---- data

@@ -39,12 +39,6 @@ P_MAX = tl.constexpr(2.0**8)
 
 
 @triton.jit
-def place_of(row):
-    """The column at which a row stands in a permuted copy: the inverse of `pack.permuted`."""
-    return (row & ~15) | (row & 1) | ((row >> 2) & 2) | ((row << 1) & 12)
-
-
-@triton.jit
 def exponent_for(bound):
     """The least whole e, not negative, with which bound / 2^e is within e4m3, as float32."""
     least = tl.maximum(bound / E4M3_MAX, 1.0)
@@ -89,14 +83,14 @@ def turn_tiles(
 @triton.jit
 def quantise_gradients(
     dout_ptr, out_ptr, lse_ptr, shift_ptr, offset_ptr, q_scale_ptr, v_scale_ptr, norm_ptr,
-    y_ptr, y_turned_ptr, tile_ptr, row_ptr, modes_ptr, gather_ptr, valid_ptr,
+    y_ptr, tile_ptr, row_ptr, modes_ptr, gather_ptr, valid_ptr,
     dout_b, dout_h, dout_n, out_b, out_h, out_n,
     H, G, N, TILES,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y of a query tile in e4m3, both ways, and what its products need of its rows.
+    """y of a query tile in e4m3, and what its products need of its rows.
 
-    y [B, H, TILES, BLOCK, DP], y_turned [B, H, DP, TILES * BLOCK]. All else float32. tile [B, H,
+    y [B, H, TILES, BLOCK, DP]. All else float32. tile [B, H,
     TILES, 4]: scale of q, scale of y, 1 / unit of dS, product of the two scales and the unit. row
     [B, H, TILES, 4, BLOCK]: m with the exponent of the unit of the row, delta; m, delta in units of
     the tile. m is +inf, so that P is 0, in padding and where a query saw no key.
@@ -150,9 +144,6 @@ def quantise_gradients(
         tl.store(numbers + 2 * BLOCK, m)
         tl.store(numbers + 3 * BLOCK, delta * per_unit)
         tl.store(y_ptr + (slot.to(tl.int64) * BLOCK + rows)[:, None] * DP + d[None, :], y8)
-        y_turned_ptr += row.to(tl.int64) * DP * TILES * BLOCK + tile * BLOCK
-        across = d.to(tl.int64)[:, None] * (TILES * BLOCK) + place_of(rows)[None, :]
-        tl.store(y_turned_ptr + across, tl.trans(y8))
 
 
 @triton.jit

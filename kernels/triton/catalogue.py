@@ -237,7 +237,6 @@ def _prologue(capability: int, element: str = "bf16", dp: int = 128) -> Iterator
         )  # fmt: skip
     signature = _signature(
         backward_fp8.quantise_gradients, element, **sizes, y_ptr="*fp8e4nv:16",
-        y_turned_ptr="*fp8e4nv:16",
     )  # fmt: skip
     yield Variant(
         name=f"quantise-gradients-{element}-{dp}", kernel=backward_fp8.quantise_gradients,

@@ -217,24 +217,28 @@ def _with_fp8_products(step: Step, saved: Saved) -> None:
     turned = step.new(2, B, H, DP, TILES * BLOCK, dtype=E4M3)
     k_turned = step.new(B, G, DP, TILES * BLOCK, dtype=E4M3)
     v_rows = step.new(B, G, TILES, BLOCK, DP, dtype=E4M3)
-    of_warps = {"num_warps": configs.pack_warps(DP)}
-    pairs = ((saved.q8, turned[0]), (saved.k8, k_turned), (saved.v8, v_rows))
-    for operand, (x, y) in enumerate(pairs):
+
+    def turn(operand: int, x: Tensor, y: Tensor) -> None:
         launch(
             fp8_kernels.turn_tiles, (x.shape[1] * TILES, B),
             x, y, v_norm, step.keys.counts, step.modes, step.keys.count_stride, H, x.shape[1],
             TILES, DP=DP, BLOCK=BLOCK, OPERAND=operand,
-            PERMUTED=tune.permutes_v(step.out.device), **of_warps,
+            PERMUTED=tune.permutes_v(step.out.device), num_warps=configs.pack_warps(DP),
         )  # fmt: skip
+
+    turn(0, saved.q8, turned[0])
+    turn(1, saved.k8, k_turned)
+    turn(2, saved.v8, v_rows)
     y8 = torch.empty_like(saved.q8)
     of_tile = step.new(B, H, TILES, 4, dtype=torch.float32)
     of_rows = step.new(B, H, TILES, 4, BLOCK, dtype=torch.float32)
     launch(
         fp8_kernels.quantise_gradients, (H * TILES, B),
         step.dout, step.out, step.lse, saved.shift, saved.offset, saved.q_scale,
-        saved.v_scale, v_norm, y8, turned[1], of_tile, of_rows, step.modes, step.gather, step.valid,
+        saved.v_scale, v_norm, y8, of_tile, of_rows, step.modes, step.gather, step.valid,
         *step.strides, H, G, N, TILES, **step.fixed, num_warps=configs.pack_warps(DP, two=True),
     )  # fmt: skip
+    turn(0, y8, turned[1])  # as Q
     meta = meta.view(torch.int64)
 
     def query_gradients(config: Config) -> None:

@@ -226,19 +226,21 @@ class FakeTriton(ModuleType):
         super().__init__("fpsc.kernels.triton.attention")
         self.given: list[tuple[Any, ...]] = []
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, before: Any) -> Any:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, before: Any, fp8_backward: bool
+    ) -> Any:
         out, lse, _ = cpu.forward(q, k, v, *rest, before=before)
         *_, gather, _, _, _, kinds = rest
         if not kinds & ops.FP8_CELLS:
             return out, lse, None
-        saved = new_saved(q, k, *gather.shape)
+        saved = new_saved(q, k, *gather.shape, offsets=fp8_backward)
         return (
             out,
             lse,
             Saved(*(torch.ones_like(x, dtype=torch.float32).to(x.dtype) for x in saved)),
         )
 
-    def backward(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, *given: Any, fp8_backward: bool) -> tuple[Tensor, Tensor, Tensor]:
         self.given.append(given)
         out, k8 = given[4], given[6].k8 if given[6] else given[2]
         B, _, N, D = out.shape
@@ -280,7 +282,7 @@ def test_backward_gets_what_it_needs_and_no_more(kinds, heads, compiled, triton)
         return
     assert [tuple(x.shape) for x in saved] == [
         (2, 2, 63), (2, 2, 9, 128, 64), (2, 1, 9, 128, 64), (2, 1, 64, 9 * 128), (2, 2, 9),
-        (2, 1, 9), (2, 1, 64),
+        (2, 1, 9), (2, 1, 64), (0,),
     ]  # fmt: skip
     assert all((x.float() == 1).all() for x in saved)
     assert q.grad.shape == q.shape and k.grad.shape == k.shape
