@@ -245,7 +245,7 @@ def test_launches_stay_in_bounds_and_widen_nothing(heads, monkeypatch):
     t = tables((3, 5, 9), (3, 5, 5), [heads])
     check(*qkv(t, dtype=torch.bfloat16), t)
     names = [name for name, _ in launches.seen]
-    assert "widen_tiles" not in names and names.count("turn_tiles") == 3
+    assert "widen_tiles" not in names and names.count("turn_tiles") == 4
     assert ("query_gradients" in names) == (NEAR in heads)
 
 
