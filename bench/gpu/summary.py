@@ -134,10 +134,14 @@ def marks(documents: list[Document]) -> list[Mark]:
     """Every mark, measured or not."""
     return [
         *(correctness(documents, part, name) for part, name in CORRECTNESS.items()),
-        speedup(documents, "headline forward", "fpsc keep 1", 1.1),
+        speedup(documents, "headline forward", "fpsc keep 1", 1.5),
         speedup(documents, "headline forward", "fpsc keep 0.125", 7.1),
+        speedup(documents, "headline forward", "fpsc keep 0.1", 10.0),
+        rate(documents, "fpsc keep 1", 900.0),
         ceiling(documents, "fpsc keep 1", 0.5),
+        prologue(documents, 0.125, 0.8),
         speedup(documents, "headline backward", "fpsc keep 0.25", 2.0),
+        both_ways(documents, "fpsc keep 0.25", 3.0),
         memory(documents),
         *whole_models(documents),
     ]
@@ -178,6 +182,48 @@ def speedup(documents: list[Document], case: str, contender: str, expected: floa
     absent = ", ".join(record["not_timed"])
     text += f"; not timed: {absent}" if absent else ""  # the best may be missing
     return Mark(name, f"{expected}x", text, PASS if found["median"] >= expected else MISSED)
+
+
+def both_ways(documents: list[Document], contender: str, expected: float) -> Mark:
+    """Forward and backward together, to the BF16 attention that is fastest at both together."""
+    name = f"headline forward and backward, {contender}, to the best bf16 kernel"
+    records = [_record(documents, "timings", f"headline {way}") for way in ("forward", "backward")]
+    timed = [record["contenders"] if record else {} for record in records]
+    totals = {
+        one: sum(contenders[one]["ms"]["median"] for contenders in timed)
+        for one in timed[0].keys() & timed[1].keys()
+    }
+    baselines = [one for one in totals if timed[0][one]["baseline"]]
+    if contender not in totals or not baselines:
+        missing = next((r for r, t in zip(records, timed, strict=True) if contender not in t), None)
+        return Mark(name, f"{expected}x", _why(missing, contender), NOT_MEASURED)
+    best = min(baselines, key=totals.__getitem__)
+    found = totals[best] / totals[contender]
+    text = f"{found:.2f}x of {best}, {totals[best]:.2f} ms"
+    return Mark(name, f"{expected}x", text, PASS if found >= expected else MISSED)
+
+
+def rate(documents: list[Document], contender: str, expected: float) -> Mark:
+    """TFLOP/s of the whole forward over visited tiles, prologue included."""
+    name = f"headline forward, {contender}, on the tiles it visits"
+    record = _record(documents, "timings", "headline forward")
+    found = record and record.get("contenders", {}).get(contender)
+    if not record or not found:
+        return Mark(name, f"{expected:.0f} TFLOP/s", _why(record, contender), NOT_MEASURED)
+    verdict = PASS if found["tflops"] >= expected else MISSED
+    return Mark(name, f"{expected:.0f} TFLOP/s", f"{found['tflops']:.0f} TFLOP/s", verdict)
+
+
+def prologue(documents: list[Document], keep: float, expected: float) -> Mark:
+    """Its rate for the fewest bytes that it could move, of a copy's."""
+    name = "headline prologue, of the bandwidth of a copy"
+    record = _record(documents, "ceilings", f"share of forward, keep {keep:g}")
+    found = record and record.get("rates", {}).get("prologue")
+    if not record or not found:
+        return Mark(name, f"{expected:.0%}", _why(record, "prologue"), NOT_MEASURED)
+    share = found["of copy"]
+    text = f"{share:.1%} ({found['bytes_per_second'] / 1e12:.2f} TB/s)"
+    return Mark(name, f"{expected:.0%}", text, PASS if share >= expected else MISSED)
 
 
 def ceiling(documents: list[Document], contender: str, expected: float) -> Mark:

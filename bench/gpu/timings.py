@@ -41,7 +41,7 @@ OTHERS = (
     Shape((21, 45, 80), 24, dim=64),
 )
 KEEPS = (1.0, 0.5, 0.25, 0.125, 0.1)
-HEADLINE = (1.0, 0.25, 0.125)
+HEADLINE = (1.0, 0.25, 0.125, 0.1)
 FAST = ("sdpa cudnn", "sdpa flash", "FA3", "FA4")
 INT8_AGAINST_EXACT = 0.1
 SECONDS = 15.0

@@ -234,10 +234,12 @@ def results() -> list[dict[str, Any]]:
         "sdpa cudnn": contender(180, 180, 650, baseline=True),
         "fpsc keep 1": contender(120, 180, 970),
         "fpsc keep 0.125": contender(20, 180, 800),
+        "fpsc keep 0.1": contender(17, 180, 780),
+        "fpsc keep 0.25": contender(10, 180, 820),
     }
     backward = {
         "sdpa cudnn": contender(450, 450, 500, baseline=True),
-        "fpsc keep 0.25": contender(200, 450, 300),
+        "fpsc keep 0.25": contender(190, 450, 300),
     }
     timed = {"best_baseline": "sdpa cudnn", "not_timed": {"FA3": "ModuleNotFoundError: none"}}
     return [
@@ -253,7 +255,13 @@ def results() -> list[dict[str, Any]]:
         ),
         of(
             "ceilings",
-            [{"name": "matrix products", "ceilings": {"bf16": 700.0, "fp8": 1400.0}}],
+            [
+                {"name": "matrix products", "ceilings": {"bf16": 700.0, "fp8": 1400.0}},
+                {
+                    "name": "share of forward, keep 0.125",
+                    "rates": {"prologue": {"bytes_per_second": 3.4e12, "of copy": 0.82}},
+                },
+            ],
         ),
         of("profile", [{"name": "memory: a shape", "saved": 0.3, "held_bytes": {}}]),
         of("models", [{"name": HEADLINE, "run": headline(10.0)}]),
@@ -272,13 +280,44 @@ def test_a_run_that_passes_every_mark(tmp_path, capsys):
 
 SPOILED = {
     "dense": (
-        lambda d: d[3]["records"][0]["contenders"]["fpsc keep 1"]["to_best"].update(median=1.09),
+        lambda d: d[3]["records"][0]["contenders"]["fpsc keep 1"]["to_best"].update(median=1.45),
         "headline forward, fpsc keep 1, to the best",
         MISSED,
     ),
     "sparse": (
         lambda d: d[3]["records"][0]["contenders"]["fpsc keep 0.125"]["to_best"].update(median=7),
         "headline forward, fpsc keep 0.125",
+        MISSED,
+    ),
+    "sparser": (
+        lambda d: d[3]["records"][0]["contenders"]["fpsc keep 0.1"]["to_best"].update(median=9.9),
+        "headline forward, fpsc keep 0.1,",
+        MISSED,
+    ),
+    "rate": (
+        lambda d: d[3]["records"][0]["contenders"]["fpsc keep 1"].update(tflops=890.0),
+        "headline forward, fpsc keep 1, on the tiles",
+        MISSED,
+    ),
+    "prologue": (
+        lambda d: d[4]["records"][1]["rates"]["prologue"].update({"of copy": 0.79}),
+        "headline prologue",
+        MISSED,
+    ),
+    "no prologue": (lambda d: d[4]["records"].pop(1), "headline prologue", NOT_MEASURED),
+    "both ways": (
+        lambda d: d[3]["records"][0]["contenders"]["fpsc keep 0.25"]["ms"].update(median=30.0),
+        "headline forward and backward",
+        MISSED,
+    ),
+    "both ways of another best": (
+        lambda d: (
+            d[3]["records"][0]["contenders"].update({"FA3": contender(90, 90, 9, baseline=True)})
+            or d[3]["records"][1]["contenders"].update(
+                {"FA3": contender(440, 440, 9, baseline=True)}
+            )
+        ),
+        "headline forward and backward",
         MISSED,
     ),
     "backward": (
@@ -303,8 +342,8 @@ SPOILED = {
     ),
     "memory": (lambda d: d[5]["records"][0].update(saved=-0.1), "memory", MISSED),
     "not timed": (
-        lambda d: d[3]["records"][1]["contenders"].pop("fpsc keep 0.25"),
-        "headline backward",
+        lambda d: d[3]["records"][0]["contenders"].pop("fpsc keep 0.1"),
+        "headline forward, fpsc keep 0.1,",
         NOT_MEASURED,
     ),
     "no such part": (lambda d: d.pop(2), "2: CUDA graphs", NOT_MEASURED),
