@@ -277,7 +277,7 @@ def operands(
         return Operands(q, k, v, torch.zeros(len(q), device=q.device), torch.ones_like(v[0]))
     taking_part = cell.taking_part
     mu = k_mean(k, taking_part)
-    c = quantisation_scale(_finite_max(v[taking_part]))
+    c = _scale_per_channel(v[taking_part])
     return Operands(
         q_ND=_round_per_group(q, tiles, cell.q_groups, torch.ones_like(taking_part)),
         k_ND=_round_per_group(k - mu, tiles, cell.k_groups, taking_part),
@@ -348,6 +348,10 @@ def _round_per_group(
         s = quantisation_scale(_finite_max(x_ND[rows[taking_part_N[rows]]].flatten()))
         rounded[rows] = to_e4m3(x_ND[rows] / s) * s
     return rounded
+
+
+def _scale_per_channel(x_ND: Tensor) -> Tensor:
+    return quantisation_scale(_finite_max(x_ND))
 
 
 def _finite_max(x: Tensor) -> Tensor:
