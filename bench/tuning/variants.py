@@ -26,22 +26,26 @@ DENSE_MODE = {"keep": 1.0, "dtype": "bf16"}
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the schedule: a keep in FP8, with the scales of Q and K; dense where it is 1."""
+    """A part of the schedule in FP8; dense where `keep` is 1.
+
+    scales: of Q and K. near: the keep of the heads in `NEAR`, where it is another.
+    """
 
     name: str
     noise: str
     keep: float
     scales: str = "tile"
+    near: float | None = None
 
     @property
     def modes(self) -> dict[str, Document]:
         """The mode of most heads, and that of `NEAR`."""
         if self.keep == 1:
             return {self.name: DENSE_MODE}
-        how = {"keep": self.keep, "dtype": "fp8", "scales": {"qk": self.scales, "v": "channel"}}
+        how = {"dtype": "fp8", "scales": {"qk": self.scales, "v": "channel"}}
         return {
-            self.name: {"pattern": "frame"} | how,
-            f"{self.name}-near": {"pattern": "near"} | how,
+            self.name: {"pattern": "frame", "keep": self.keep, **how},
+            f"{self.name}-near": {"pattern": "near", "keep": self.near or self.keep, **how},
         }
 
     @property
@@ -71,9 +75,9 @@ EARLY, MIDDLE, LATE = "1.00..0.92", "0.92..0.75", "0.75..0.00"
 # The paper's order: sparse and coarse early, dense and fine in the middle, intermediate late.
 PAPER = policy(
     "demo-paper",
-    Phase("early", EARLY, 0.1875, "coarse"),
+    Phase("early", EARLY, 0.21875, "coarse"),
     Phase("middle", MIDDLE, 0.25, "fine"),
-    Phase("late", LATE, 0.21875, "intermediate"),
+    Phase("late", LATE, 0.21875, "intermediate", near=0.25),
 )
 # Ours for weights that were not trained for it: nothing is left out while the layout is decided.
 SAFE = policy(
@@ -83,7 +87,9 @@ SAFE = policy(
     Phase("late", LATE, 0.1875),
 )
 # As much work as the paper's order takes on average, the same at every step.
-CONSTANT = policy("demo-constant", Phase("always", "1.00..0.00", 0.21875, "intermediate"))
+CONSTANT = policy(
+    "demo-constant", Phase("always", "1.00..0.00", 0.21875, "intermediate", near=0.28125)
+)
 NOTHING = policy("demo-dense", Phase("dense", "1.00..0.00", 1.0))
 
 
@@ -192,17 +198,16 @@ class Scale:
                 "no_prompt": 0.1,
             },
             "optimiser": {
-                "lr": 1e-4, "betas": [0.9, 0.98], "warmup": 20, "decay": "cosine", "steps": 400,
+                "lr": 5e-4, "betas": [0.9, 0.98], "warmup": 20, "decay": "cosine", "steps": 500,
                 "batch": 2,
             },
-            "distil": {"output": 4.0},
             "ema": 0.98,
             "precision": "bf16",
         }
     )  # fmt: skip
     model: str = "demo"
     seeds: tuple[int, ...] = SEEDS
-    validation_clips: int = 8
+    validation_clips: int = 24
     noise: tuple[float, ...] = (0.98, 0.9, 0.75, 0.5, 0.25, 0.1)
     clips: int = 32
     steps: int = 20
@@ -220,10 +225,15 @@ class Run:
         return f"{self.variant.name}-s{self.seed}"
 
     def settings(self, scale: Scale) -> Document:
-        """Everything that its result depends on, as plain JSON. More seeds change no run."""
+        """Everything that its result depends on, as plain JSON.
+
+        More seeds change no run, and how others are trained none that is not.
+        """
         variant, how = asdict(self.variant), asdict(scale)
         told = {key: variant[key] for key in ("train", "run", "v_scale", "baseline")}
         del how["seeds"]
+        if self.variant.train is None:
+            del how["training"]
         found: Document = json.loads(json.dumps({"seed": self.seed, **told, "scale": how}))
         return found
 

@@ -52,11 +52,14 @@ def test_every_policy_is_valid_and_has_both_orders() -> None:
             other = VARIANTS[variant.untrained]
             assert other.train is None and other.run == variant.run
             assert other.v_scale == variant.v_scale
+    phases = ("early", "middle", "late")
+    keeps = []
     for near in ("", "-near"):
-        modes = [PAPER["modes"][phase + near] for phase in ("early", "middle", "late")]
-        early, middle, late = (mode["keep"] for mode in modes)
-        assert early < late < middle <= 0.25
+        modes = [PAPER["modes"][phase + near] for phase in phases]
         assert [mode["scales"]["qk"] for mode in modes] == ["coarse", "fine", "intermediate"]
+        keeps.append([mode["keep"] for mode in modes])
+    early, middle, late = (14 * frame + 4 * near for frame, near in zip(*keeps, strict=True))
+    assert early < late < middle <= 18 * 0.25
     # The same as `fpsc train demo` trains for.
     given = Policy.load(files("fpsc.train") / "recipes" / "demo-policy.yaml")
     size = {"layers": 6, "heads": 3, "fp8": True}
@@ -353,8 +356,19 @@ def test_gaps_are_to_as_much_training() -> None:
     ("joint", "missed"),
     [
         ({}, []),
-        ({"as_run": 0.93}, ["loss gap to dense, jointly tuned"]),
-        ({"as_run": 0.98}, ["loss gap to dense, jointly tuned", "loss gap, untrained to"]),
+        ({"as_run": 0.93}, ["loss gap to dense trained on alike"]),
+        (
+            {"as_run": 0.98},
+            ["loss gap to dense trained on alike", "the same, untrained to tuned, d"],
+        ),
+        (
+            {"as_run": 1.05},
+            [
+                "loss gap to the dense weights",
+                "loss gap to dense trained on alike",
+                "the same, untrained to tuned, dense",
+            ],
+        ),
         ({"as_run": 0.89}, []),  # better than dense
         ({"distance": 0.0105}, []),
         ({"distance": 0.02}, ["distance to the dense model's clips"]),
