@@ -491,7 +491,7 @@ def test_check_judges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         each.save(tmp_path / f"{each.name}.json")
     assert joint.main(["--check", "--json", "--results", str(tmp_path)]) == 0
     marks = json.loads(capsys.readouterr().out)["marks"]
-    assert len(marks) == 5 and all(mark["met"] for mark in marks)
+    assert len(marks) == 7 and all(mark["met"] for mark in marks)
 
 
 def test_a_run_of_another_name_is_answered_with_the_names(
