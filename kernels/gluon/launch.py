@@ -13,12 +13,6 @@ from fpsc.kernels.triton.configs import BLOCK, Config
 from fpsc.kernels.triton.launch import launch
 from fpsc.kernels.triton.prologue import Call, Lists, Tiles
 
-WIDTH, COLUMNS = 128, 32
-"""Items of the work list that a program makes, and heads that it looks at at once."""
-
-CLASSES = 32
-"""Of lengths: one for each number of bits."""
-
 
 def attend(
     call: Call,
@@ -50,18 +44,18 @@ def attend(
         raise ValueError(f"gather: expected {BLOCK} rows a tile for the Gluon kernel, found {rows}")
     items = B * H * TILES
     heads_in_all = B * H
-    counts = heads.new_empty((CLASSES, heads_in_all))
+    counts = heads.new_empty((schedule.WORK["CLASSES"], heads_in_all))
     work = heads.new_empty((items, 4))
     launch(
         schedule.count_classes, (heads_in_all,),
         heads, call.modes, list_ptr, counts, heads_in_all, TILES,
-        CLASSES=CLASSES, WIDTH=WIDTH, num_warps=4,
+        **schedule.WORK, num_warps=4,
     )  # fmt: skip
     launch(
-        schedule.list_work, (heads_in_all, -(-TILES // WIDTH)),
+        schedule.list_work, (heads_in_all, -(-TILES // schedule.WORK["WIDTH"])),
         heads, call.modes, list_ptr, seen.visits, order, counts, work, H, heads_in_all, TILES,
         len(list_ptr), seen.idx.shape[-1],
-        CLASSES=CLASSES, WIDTH=WIDTH, COLUMNS=COLUMNS, num_warps=4,
+        **schedule.WORK, COLUMNS=schedule.COLUMNS, num_warps=4,
     )  # fmt: skip
     launch(
         forward.attend, (min(items, tune.multiprocessors(call.q.device)),),

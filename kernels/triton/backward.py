@@ -161,8 +161,18 @@ def query_gradients(
         dq = tl.dot(ds.to(k.dtype), k, dq)
 
     dq *= scale / factor
-    position = tl.load(gather_ptr + tile * BLOCK + rows).to(tl.int64)
-    real = (rows < tl.load(valid_ptr + tile)) & (position >= 0) & (position < N) & active
+    store_query_gradients(
+        dq, dq_ptr, head, rows, active, gather_ptr + tile * BLOCK, valid_ptr + tile, N, D, DP
+    )
+
+
+@triton.jit
+def store_query_gradients(
+    dq, dq_ptr, head, rows, active, gather_ptr, valid_ptr, N, D: tl.constexpr, DP: tl.constexpr
+):
+    """Rows of dq where their tokens stand. gather, valid: of their tile."""
+    position = tl.load(gather_ptr + rows).to(tl.int64)
+    real = (rows < tl.load(valid_ptr)) & (position >= 0) & (position < N) & active
     channels = tl.arange(0, DP)
     to = dq_ptr + (head.to(tl.int64) * N + position)[:, None] * D + channels[None, :]
     mask = real[:, None] & (channels < D)[None, :]

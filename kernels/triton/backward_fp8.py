@@ -8,7 +8,7 @@ operands lie along the sum, so beside the tiles that forward left there are tran
 | S = Q K^T | channels | q8, k8 | forward |
 | dP = dO V^T | channels | y8, rows of v8 | `quantise_gradients`, `turn_tiles` |
 | dQ = dS K | keys | dS, k8 transposed | registers, `turn_tiles` |
-| dV = P^T dO | queries | P, y8 transposed | registers, `quantise_gradients` |
+| dV = P^T dO | queries | P, y8 transposed | registers, `turn_tiles` |
 | dK = dS^T Q | queries | dS, q8 transposed | registers, `turn_tiles` |
 
 Transposed copies are permuted in groups of 16, so that P and dS need no exchange between lanes
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from fpsc.kernels.triton.backward import store_query_gradients
 from fpsc.kernels.triton.forward import LOG2_E, list_of, load_meta, permute_columns
 from fpsc.kernels.triton.pack import (
     E4M3_MAX,
@@ -210,12 +211,9 @@ def query_gradients_fp8(
     seen = m != float("inf")
     unit = tl.math.exp2(tl.where(seen, m - tl.load(row_ptr + 2 * BLOCK), 0.0))
     dq *= (unit * (scale * tl.load(tile_ptr + slot * 4 + 1)))[:, None]
-    position = tl.load(gather_ptr + tile * BLOCK + rows).to(tl.int64)
-    real = (rows < tl.load(valid_ptr + tile)) & (position >= 0) & (position < N) & active
-    channels = tl.arange(0, DP)
-    to = dq_ptr + (head.to(tl.int64) * N + position)[:, None] * D + channels[None, :]
-    mask = real[:, None] & (channels < D)[None, :]
-    tl.store(to, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+    store_query_gradients(
+        dq, dq_ptr, head, rows, active, gather_ptr + tile * BLOCK, valid_ptr + tile, N, D, DP
+    )
 
 
 @triton.jit

@@ -189,10 +189,10 @@ def _prologue(capability: int, element: str = "bf16", dp: int = 128) -> Iterator
     yield Variant(name="compact-lists", kernel=pack.compact_lists, signature=signature, **options)
     signature = _signature(schedule.order_heads, element, WIDTH=64)
     yield Variant(name="order-heads", kernel=schedule.order_heads, signature=signature, **options)
-    work: dict[str, Any] = {"CLASSES": 32, "WIDTH": 128}
-    signature = _signature(schedule.count_classes, element, **work)
+    signature = _signature(schedule.count_classes, element, **schedule.WORK)
     yield Variant(name="count-classes", kernel=schedule.count_classes, signature=signature, **plain)
-    signature = _signature(schedule.list_work, element, visits_ptr=None, COLUMNS=32, **work)
+    work: dict[str, Any] = {**schedule.WORK, "COLUMNS": schedule.COLUMNS, "visits_ptr": None}
+    signature = _signature(schedule.list_work, element, **work)
     yield Variant(name="list-work", kernel=schedule.list_work, signature=signature, **plain)
     around = {**plain, "role": "backward"}
     signature = _signature(backward.gradient_tiles, element, **sizes)

@@ -18,6 +18,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+WORK = {"CLASSES": 32, "WIDTH": 128}
+"""Of lengths of lists, one for each number of bits; tiles that a program takes at once."""
+
+COLUMNS = 32
+"""Heads whose counts `list_work` reads at once."""
+
 
 @triton.jit
 def order_heads(modes_ptr, list_ptr, heads_ptr, HEADS, TILES, WIDTH: tl.constexpr):

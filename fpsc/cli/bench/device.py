@@ -1,4 +1,4 @@
-"""`fpsc bench device`: fit the cost of this device, for `fpsc policy show --device`."""
+"""`fpsc bench device`: fit the cost of this device, for `fpsc policy show --cost`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
