@@ -154,7 +154,7 @@ def _candidates(kernel: str, capability: tuple[int, int], dp: int) -> tuple[Conf
             return (Config(128, 64, 8, 2),) if roomy else (Config(64, 32, 4, 2),)
         return (Config(128, 64, 8, 2), Config(128, 32, 4, 2), Config(64, 64, 4, 2))
     if kernel in FP8_BACKWARD:
-        return _fp8_backward(kernel, roomy, dp)
+        return _fp8_backward(kernel, capability, roomy, dp)
     if dp > 128:
         return (Config(64, 32, 8, 1),) if kernel == "query_gradients" else (Config(16, 64, 8, 1),)
     if kernel == "query_gradients":
@@ -168,11 +168,15 @@ def _candidates(kernel: str, capability: tuple[int, int], dp: int) -> tuple[Conf
     return (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2))
 
 
-def _fp8_backward(kernel: str, roomy: bool, dp: int) -> tuple[Config, ...]:
+def _fp8_backward(
+    kernel: str, capability: tuple[int, int], roomy: bool, dp: int
+) -> tuple[Config, ...]:
     """roomy: with shared memory for the buffers of two stages."""
     if dp > 128:
-        queries = kernel == "query_gradients_fp8"
-        return (Config(64, 32, 8, 1),) if queries else (Config(32, 64, 8, 1),)
+        if kernel == "query_gradients_fp8":
+            return (Config(64, 32, 8, 1),)
+        # With one stage, Triton 3.8 would need more tensor memory than there is.
+        return (Config(32, 64, 8, 2 if capability == (10, 0) else 1),)
     if kernel == "query_gradients_fp8":
         if dp > 64 and not roomy:
             return (Config(64, 64, 4, 2), Config(128, 32, 8, 2))

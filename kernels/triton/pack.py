@@ -357,7 +357,8 @@ def group_maxima(
             cos_ptr += table
             sin_ptr += table
         rows = tl.arange(0, BLOCK)
-        for tile in range(tl.program_id(0), TILES, tl.num_programs(0)):
+        # What is the same for every tile would spill if it stayed in registers.
+        for tile in tl.range(tl.program_id(0), TILES, tl.num_programs(0), disable_licm=True):
             real = rows < tl.load(count_ptr + b * stride_count + tile)
             at = gather_ptr + b * stride_gather + tile * BLOCK + rows
             position = tl.load(at, mask=real, other=0)
