@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fpsc.grid import layout
-from fpsc.kernels.gluon.launch import CLASSES, COLUMNS
 from fpsc.kernels.triton import attention, configs, interpreter, prologue, schedule
 from fpsc.kernels.triton.launch import launch
 from fpsc.policy.patterns import Pattern, lists
@@ -40,20 +39,21 @@ def worked(
         [sorted(range(tiles), key=lambda u, one=one: -one[u].bit_length()) for one in lengths]
     ).int()
     heads = attention._heads_by_kind(modes_BH3, ptr)[FP8]
-    counts = torch.full((CLASSES, B * H), -1, dtype=torch.int32)
+    counts = torch.full((schedule.WORK["CLASSES"], B * H), -1, dtype=torch.int32)
     work = torch.full((B * H * tiles, 4), -1, dtype=torch.int32)
     width, entries = 8, int(ends[-1, -1])
+    sizes = schedule.WORK | {"WIDTH": width}
     visits = None
     if masked:  # of batch element b, b tiles of every list are gone
         visits = torch.stack([(own - b).clamp(min=0) for b in range(B)]).int()
     launch(
         schedule.count_classes, (B * H,),
-        heads, modes_BH3, ptr, counts, B * H, tiles, CLASSES=CLASSES, WIDTH=width,
+        heads, modes_BH3, ptr, counts, B * H, tiles, **sizes,
     )  # fmt: skip
     launch(
         schedule.list_work, (B * H, -(-tiles // width)),
         heads, modes_BH3, ptr, visits, order, counts, work, H, B * H, tiles, n_patterns, entries,
-        CLASSES=CLASSES, WIDTH=width, COLUMNS=COLUMNS,
+        **sizes, COLUMNS=schedule.COLUMNS,
     )  # fmt: skip
     return work, ptr, order
 
