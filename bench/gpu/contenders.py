@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from bench.gpu.problem import Op, Shape
+from bench.gpu.problem import Op, Shape, only
 from fpsc.grid import BLOCK
+from fpsc.kernels.triton.configs import Config
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -53,14 +54,23 @@ class Contender:
 # ---- ours
 
 
-def fpsc_(op: Op, kernel: str, *, named: bool = False, fp8_backward: bool = False) -> Contender:
-    """named: the name says which implementation it is."""
+def fpsc_(
+    op: Op,
+    kernel: str,
+    *,
+    named: bool = False,
+    fp8_backward: bool = False,
+    config: Config | None = None,
+) -> Contender:
+    """named: the name says which implementation it is; config: the one it runs with."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return op(q, k, v, kernel=kernel, fp8_backward=fp8_backward)[0]
+        with only(config):
+            return op(q, k, v, kernel=kernel, fp8_backward=fp8_backward)[0]
 
     suffix = "" if op.dtype == "fp8" else f", {op.dtype} cells"
     suffix += f", {kernel}" if named else ""
+    suffix += f" {config.name}" if config else ""
     suffix += ", backward in fp8" if fp8_backward else ""
     name = f"fpsc keep {op.keep:g}{suffix}"
     return Contender(name, run, op, dtype=op.dtype, fp8_backward=fp8_backward)

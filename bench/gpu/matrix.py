@@ -3,7 +3,7 @@
 Every case runs forward and backward many times with memory that is NaN where nothing wrote it. All
 repeats must agree in every bit: a number that moves is a race. Cases that share a compiled kernel
 stand together, and what video models use comes first. Where the Gluon kernel serves the device, it
-comes after Triton's, with every case that it takes.
+comes after Triton's, with every case that it takes; then Triton's with two key tiles at a time.
 """
 
 from __future__ import annotations
@@ -18,9 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.problem import attend, distance, is_fp8, on, rounded, same_bits
+from bench.gpu.problem import (
+    attend,
+    distance,
+    is_fp8,
+    on,
+    only,
+    pairs_of_tiles,
+    rounded,
+    same_bits,
+)
 from bench.gpu.run import Case, Record, Setup
 from fpsc.kernels.before import ACROSS, HALF_SPLIT, INTERLEAVED, LAYER, RMS
+from fpsc.kernels.triton.configs import Config
 from tests.kernels.cases import (
     DENSE,
     DENSE_FP8,
@@ -132,6 +142,7 @@ CASES = (
     Given("groups of tiles share scales", heads=SHARED, prefix=3),
     Given("outliers and tiles of zeros", spoil=outliers),
     Given("values that are not finite", spoil=not_finite),
+    Given("values that are not finite, fp8 alone", heads=ALL_FP8, spoil=not_finite),
     Given("more tiles than a device takes at once", (13, 18, 28), (4, 4, 8), prefix=3),
     # What the op does in front of q and k.
     Given("norm across heads, rotated pairs", front=across_heads),
@@ -193,6 +204,10 @@ def cases(setup: Setup) -> Iterator[Case]:
                 yield given.name, partial(check, given, setup, kernel)
             elif given.heads != ALL_INPUT and setup.serves(kernel, given.dtype, given.dim):
                 yield f"{given.name}, {kernel}", partial(check, given, setup, kernel)
+    for given in CASES:
+        pairs = pairs_of_tiles(setup.device, given.dim)
+        if pairs is not None and given.heads in (ALL_FP8, SHARED):
+            yield f"{given.name}, two key tiles", partial(check, given, setup, "triton", pairs)
 
 
 def poison_works(setup: Setup) -> Record:
@@ -221,7 +236,7 @@ def poisoned() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before
 
 
-def check(given: Given, setup: Setup, kernel: str) -> Record:
+def check(given: Given, setup: Setup, kernel: str, config: Config | None = None) -> Record:
     torch.manual_seed(0)
     t = tables(
         given.grid,
@@ -260,7 +275,7 @@ def check(given: Given, setup: Setup, kernel: str) -> Record:
         )
 
     repeats = 3 if setup.smoke else REPEATS
-    with poisoned():
+    with poisoned(), only(config):
         first = run()
         moved = [n for n in range(1, repeats) if not same_bits(run(), first)]
     errors, problems = compare(first, expected, t, given)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from fpsc.grid import Layout, layout
 from fpsc.kernels import ops
 from fpsc.kernels.kinds import ALL_CELLS
+from fpsc.kernels.saved import padded_head_dim
+from fpsc.kernels.triton import tune
+from fpsc.kernels.triton.configs import BLOCK, Config, candidates
 from fpsc.passes.rewrite import PLAN
 from fpsc.policy import Policy
 from fpsc.policy.resolve import plan, resolve
@@ -88,6 +92,24 @@ class Op:
     def flops(self, products: int) -> float:
         """Operations of that many matrix products over the visited pairs: forward has two."""
         return 2.0 * products * self.shape.dim * self.visited
+
+
+def pairs_of_tiles(device: torch.device, dim: int) -> Config | None:
+    """By which Triton's kernel takes two key tiles at a time, where it has such a candidate."""
+    if device.type != "cuda":
+        return None
+    found = candidates("fp8", tune.capability(device), padded_head_dim(dim))
+    return next((config for config in found if config.BN > BLOCK), None)
+
+
+@contextmanager
+def only(config: Config | None) -> Iterator[None]:
+    """Kernels of which it is a candidate run with this configuration."""
+    before, tune.ONLY = tune.ONLY, config
+    try:
+        yield
+    finally:
+        tune.ONLY = before
 
 
 def one_mode(mode: dict[str, Any], tile: Grid | None = None) -> Policy:

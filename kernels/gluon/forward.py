@@ -158,11 +158,10 @@ def lane_sums(p):
 def scale_of(meta, q_scale):
     """By what scores are multiplied, and the weight of the last column of a tile.
 
-    meta: scale and number of keys of the tile, two float32 in an int64.
+    meta: see `fpsc.kernels.triton.forward.load_meta`.
     """
     c = q_scale * meta.to(gl.uint32).to(gl.float32, bitcast=True)
-    keys = (meta >> 32).to(gl.uint32).to(gl.float32, bitcast=True)
-    return c, keys - (BLOCK - 1.0)  # one less the copies
+    return c, (meta >> 32).to(gl.uint32).to(gl.float32, bitcast=True)
 
 
 @gluon.jit

@@ -146,12 +146,12 @@ def query_gradients(
     for j in tl.range(0, visits * KEY_PARTS, num_stages=STAGES):
         w = tl.load(list_idx + j // KEY_PARTS)
         row = w * BLOCK + (j % KEY_PARTS) * BN
-        k_scale, keys = load_meta(meta_ptr, w)
+        k_scale, weight = load_meta(meta_ptr, w)
         k_scale = tl.where(fp8, k_scale, 1.0)
         k = k_desc.load([key_row + row, 0])
         s = tl.dot(q, k.T)
         p = tl.math.exp2(s * (q_scale * k_scale) - lse2[:, None])
-        keys -= (j % KEY_PARTS) * BN
+        keys = weight + (BLOCK - 1.0) - (j % KEY_PARTS) * BN
         if keys < BN:  # the last of a tile
             p = tl.where((columns < keys)[None, :], p, 0.0)
         v = v_desc.load([key_row + row, 0])

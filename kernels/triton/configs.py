@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 BLOCK = 128
@@ -28,6 +29,8 @@ class Config:
         warps, stages: of a program, and buffers in flight in its loop.
         specialise: one warp group loads for two that compute (Hopper; 4 warps each).
         persistent: one program a multiprocessor takes item after item.
+        reorder: FP8 cells copy the rows of K in an order in which P needs no exchange between
+            lanes. Specialised, Triton compiles that from `REORDERS` on.
         gluon: by `fpsc.kernels.gluon`, specialised and persistent by itself; warps are those of
             each of its two consumers.
     """
@@ -38,12 +41,14 @@ class Config:
     stages: int
     specialise: bool = False
     persistent: bool = False
+    reorder: bool = False
     gluon: bool = False
 
     @property
     def name(self) -> str:
         name = f"{self.BM}x{self.BN}-w{self.warps}-s{self.stages}"
         name += "-specialised" * self.specialise + "-persistent" * self.persistent
+        name += "-reordered" * self.reorder
         return name + "-gluon" * self.gluon
 
     def arguments(self) -> dict[str, Any]:
@@ -62,7 +67,11 @@ class Config:
 
     def schedule(self) -> dict[str, bool]:
         """Further ones, of the forward kernel."""
-        return {"SPECIALISE": self.specialise, "PERSISTENT": self.persistent}
+        return {
+            "SPECIALISE": self.specialise,
+            "PERSISTENT": self.persistent,
+            "REORDERED": self.reorder,
+        }
 
 
 FORWARD = ("fp8", "input")
@@ -130,6 +139,21 @@ HOPPER_FORWARD = (
     Config(128, 128, 8, 2),
 )
 
+# FP8 cells with K reordered, one tile at a time and two; the last of the candidates. Where two are
+# taken of 128 channels, what a persistent loop carries would spill.
+HOPPER_REORDERED = {
+    64: (
+        Config(128, 128, 4, 2, specialise=True, persistent=True, reorder=True),
+        Config(128, 256, 4, 2, specialise=True, persistent=True, reorder=True),
+    ),
+    128: (
+        Config(128, 128, 4, 2, specialise=True, persistent=True, reorder=True),
+        Config(128, 256, 4, 2, specialise=True, reorder=True),
+    ),
+}
+REORDERS = (3, 7)
+"""The oldest Triton that specialises warps around what gives columns other names."""
+
 # Four stages, because a consumer holds two of them and asks for a third. Two tiles at a time spill
 # at head_dim 64, where more stands beside the scores.
 HOPPER_GLUON = {
@@ -141,10 +165,19 @@ GLUON_REGISTERS = 168
 """Of a thread at the launch: of 12 warps, before consumers take those that the producer gives."""
 
 
+@cache
+def _triton_version() -> tuple[int, int]:
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def _candidates(kernel: str, capability: tuple[int, int], dp: int) -> tuple[Config, ...]:
     hopper, roomy = capability == (9, 0), capability in ((8, 0), (9, 0), (10, 0))
     if kernel in FORWARD and hopper and dp <= 128:
-        return HOPPER_FORWARD
+        reorders = kernel == "fp8" and _triton_version() >= REORDERS
+        return HOPPER_FORWARD + (HOPPER_REORDERED.get(dp, ()) if reorders else ())
     if kernel == "fp8":
         if dp > 128:
             return (Config(64, 64, 8, 2), Config(64, 128, 8, 2))

@@ -176,7 +176,7 @@ def _with_16_bit_products(
     if saved is not None:
         _widen(saved, step.modes, tiles)
         meta[..., 0] = _for_heads(saved.k_scale, G)
-        meta[..., 1] = step.keys.counts.unsqueeze(-2)
+        meta[..., 1] = step.keys.last_weights.unsqueeze(-2)
         shift, q_scale = saved.shift, saved.q_scale
     dout_tiles = step.new(B, H, TILES, BLOCK, DP)
     delta, lse2 = (step.new(B, H, TILES, BLOCK, dtype=torch.float32) for _ in range(2))
@@ -212,7 +212,7 @@ def _with_fp8_products(step: Step, saved: Saved) -> None:
     G, heads, DP = saved.k8.shape[1], step.dk.shape[1], step.fixed["DP"]
     meta = step.new(B, G, TILES, 2, dtype=torch.float32)
     meta[..., 0] = saved.k_scale
-    meta[..., 1] = step.keys.counts.unsqueeze(-2)
+    meta[..., 1] = step.keys.last_weights.unsqueeze(-2)
     v_norm = torch.zeros((B, G), dtype=torch.float32, device=meta.device)
     turned = step.new(2, B, H, DP, TILES * BLOCK, dtype=E4M3)
     k_turned = step.new(B, G, DP, TILES * BLOCK, dtype=E4M3)

@@ -462,7 +462,7 @@ def pack_tiles(
         if OPERAND == K:
             meta_ptr += (row * TILES + tile) * 2
             tl.store(meta_ptr, scale)
-            tl.store(meta_ptr + 1, count.to(tl.float32))
+            tl.store(meta_ptr + 1, (count - (BLOCK - 1)).to(tl.float32))
         y = x.to(y_ptr.dtype.element_ty)
         if FP8 and OPERAND == V:
             y_ptr += row.to(tl.int64) * DP * TILES * BLOCK + tile * BLOCK

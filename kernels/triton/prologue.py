@@ -110,6 +110,14 @@ class Keys(NamedTuple):
     gather_stride: int
     count_stride: int
 
+    @property
+    def last_weights(self) -> Tensor:
+        """The weight of each tile's last row: one less the copies (`fpsc.kernels.triton.forward`).
+
+        Float32, of the shape of counts.
+        """
+        return (self.counts - (self.gather.shape[-1] - 1)).float()
+
 
 class Tiles(NamedTuple):
     """Operands in tile order, one buffer each: [B, heads, TILES, BLOCK, DP], or for V of FP8 cells

@@ -36,6 +36,9 @@ ROUNDS = 5
 PERMUTE_V: bool | None = None
 """For measurements: overrides `permutes_v`. Forward and backward must see the same value."""
 
+ONLY: Config | None = None
+"""For measurements: runs wherever it is a candidate, and nothing is timed there."""
+
 _chosen: dict[str, Config] = {}
 
 Run = Callable[[Config], None]
@@ -72,6 +75,8 @@ def choose(kernel: str, device: torch.device, dtype: torch.dtype, dp: int, run: 
         return configs.INTERPRETED
     permuted = permutes_v(device)
     found = configs.candidates(kernel, capability(device), dp, permuted=permuted)
+    if ONLY in found:
+        return ONLY
     if len(found) == 1:
         return found[0]
     key = f"{kernel} {dtype} {dp} {permuted} {_identity(device)}"

@@ -288,6 +288,101 @@ def test_configurations(config, permuted, monkeypatch):
     check(*qkv(t), t, mask)
 
 
+PAIRS = Config(128, 256, 4, 1, specialise=True, persistent=True)
+PAIRS_REORDERED = Config(128, 256, 4, 1, specialise=True, persistent=True, reorder=True)
+REORDERED = Config(128, 128, 4, 1, specialise=True, persistent=True, reorder=True)
+
+
+def use(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP8 cells are attended with it."""
+    monkeypatch.setattr(
+        tune, "choose", lambda kernel, *_: config if kernel == "fp8" else configs.INTERPRETED
+    )
+
+
+def check_forward(
+    q: Tensor, k: Tensor, v: Tensor, t: Tables, mask: Tensor | None = None, scale: float = 0.2
+) -> None:
+    """FP8 cells alone."""
+    out, lse, _ = run(q, k, v, t, mask, scale)
+    expected, expected_lse, _ = reference.forward(q, k, v, *t.forward, mask, scale)
+    seen = expected_lse.isfinite()
+    assert torch.equal(lse[~seen], expected_lse[~seen])
+    assert relative_rms(out, expected) <= KERNEL_FP8
+    assert relative_rms(lse[seen], expected_lse[seen]) <= TRITON_FP32
+
+
+LISTS = [[], [3], [5, 1, 0], [2, 2], [4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]]
+"""Of six tiles: none, one, odd numbers, the same one twice, in any order."""
+
+
+@pytest.mark.parametrize(
+    ("config", "permuted"),
+    [(PAIRS, False), (PAIRS, True), (PAIRS_REORDERED, False), (REORDERED, False)],
+    ids=["pairs", "pairs, v permuted", "pairs, k reordered", "k reordered"],
+)
+class TestTwoKeyTilesAtATime:
+    """And K copied in the order in which P needs no exchange, of one tile too."""
+
+    @pytest.fixture(autouse=True)
+    def chosen(self, config, permuted, monkeypatch):
+        monkeypatch.setattr(tune, "PERMUTE_V", permuted)
+        use(config, monkeypatch)
+
+    def listed(self, lists: list[list[int]]) -> Tables:
+        """Six ragged tiles, each with its list of key tiles."""
+        t = tables((3, 5, 9), (1, 5, 5), [[DENSE_FP8]])
+        lengths = torch.tensor([[0, *map(len, lists)]])
+        assert len(lists) == len(t.valid)
+        return t._replace(
+            list_ptr=lengths.cumsum(1).int().expand(3, -1).contiguous(),
+            list_idx=torch.tensor([w for one in lists for w in one], dtype=torch.int32),
+        )
+
+    def test_lists_of_any_length(self):
+        t = self.listed(LISTS)
+        check_forward(*qkv(t), t)
+
+    def test_other_tiles_do_not_matter(self):
+        """Their scales neither, in lists of odd length."""
+        t = self.listed([[1], [2], [3], [4], [5], [3, 4, 5]])
+        q, k, v = qkv(t)
+        k[:, :, t.gather[0, : int(t.valid[0])].long()] *= 100
+        check_forward(q, k, v, t)
+
+    def test_ragged_tiles_text_and_masks(self):
+        """Tiles of 66 and 55 rows, text in two tiles, and of one batch element few keys."""
+        t = tables(*GRIDS[1], [[NEAR_FP8], [DENSE_FP8]], suffix=130)
+        mask = torch.rand(2, t.tokens) > torch.tensor([[-1.0], [0.6]])
+        mask[1, t.gather[1, : int(t.valid[1])].long()] = False
+        check_forward(*qkv(t, dim=40), t, mask)
+
+    def test_numbers_are_those_of_one_tile_at_a_time(self, monkeypatch):
+        """P rounds alike: what differs is the order of float32 sums."""
+        t = tables((3, 5, 9), (3, 5, 5), [[NEAR_FP8]], prefix=3)
+        q, k, v = qkv(t)
+        out, lse, _ = run(q, k, v, t)
+        use(configs.INTERPRETED, monkeypatch)
+        one, one_lse, _ = run(q, k, v, t)
+        assert relative_rms(out, one) <= TRITON_FP32
+        assert relative_rms(lse, one_lse) <= TRITON_FP32
+
+    def test_what_is_not_finite_stays_with_its_tile(self):
+        t = tables((2, 6, 12), (2, 6, 3), [[NEAR_FP8]], prefix=3)
+        q, k, v = qkv(t)
+        at = int(t.gather[2, 1])
+        touched = visible(t)[0, 0, :, at]
+        assert 0 < touched.sum() < t.tokens
+        v[0, 0, at, 5] = math.nan
+        out, _, _ = run(q, k, v, t)
+        assert torch.equal(out[0, 0, :, 5].isnan(), touched)
+        k[0, 0, at, 5] = math.inf
+        out, lse, _ = run(q, k, v, t)
+        assert torch.equal(out[0, 0].isnan().all(1), touched)
+        assert torch.equal(lse[0, 0].isnan(), touched)
+        assert out[0, 0, ~touched].isfinite().all()
+
+
 @pytest.mark.parametrize("layout", ["BNHD", "BHDN", "DNHB"])
 def test_any_strides(layout):
     t = tables((3, 5, 9), (3, 5, 5), [[NEAR, NEAR_FP8]] * 2)

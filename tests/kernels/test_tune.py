@@ -100,9 +100,12 @@ def test_candidates(capability):
         for kernel in KERNELS:
             for permuted in (None, True, False):
                 found = candidates(kernel, capability, dp, permuted=permuted)
-                assert 1 <= len(found) <= 3 and len(set(found)) == len(found)
+                assert 1 <= len(found) <= 4 and len(set(found)) == len(found)
+                assert not any(c.reorder and permuted for c in found)
                 for c in found:
-                    assert BLOCK % c.BM == BLOCK % c.BN == 0 and c.warps in (4, 8)
+                    pairs = c.BN == 2 * BLOCK and kernel == "fp8" and c.specialise
+                    assert BLOCK % c.BM == 0 and (BLOCK % c.BN == 0 or pairs)
+                    assert c.warps in (4, 8)
                     assert c.BM >= 16 and c.BN >= 16, "what a product takes at least"
                     assert not c.specialise or (capability == HOPPER and c.warps == 4)
                     assert kernel in FORWARD or not (c.specialise or c.persistent)
@@ -130,6 +133,30 @@ def test_gluon_is_one_more_candidate_on_hopper(gpu, monkeypatch):
     forget()
     tune.cache_file().unlink()
     assert not choose(gpu, "fp8_hopper").gluon
+
+
+@pytest.mark.parametrize(("triton_is", "offered"), [((3, 6), False), ((3, 7), True)], ids=str)
+def test_reordered_keys_are_never_the_default(gpu, monkeypatch, triton_is, offered):
+    """Offered where Triton compiles them, and run only where they were measured to be faster."""
+    monkeypatch.setattr(configs, "_triton_version", lambda: triton_is)
+    for dp in configs.HOPPER_REORDERED:
+        found = candidates("fp8", HOPPER, dp)
+        assert [c.reorder for c in found] == [False] * 2 + [True, True] * offered
+        assert any(c.BN > BLOCK for c in found) is offered
+        assert not any(c.reorder for c in candidates("input", HOPPER, dp))
+    if offered:
+        gpu.milliseconds = {found[-1].name: 1.0}
+        monkeypatch.setenv("FPSC_AUTOTUNE", "0")
+        assert choose(gpu) == FIRST
+        monkeypatch.delenv("FPSC_AUTOTUNE")
+        assert choose(gpu) == found[-1]
+
+
+def test_a_measurement_may_ask_for_one_candidate(gpu, monkeypatch):
+    monkeypatch.setattr(tune, "ONLY", OFFERED[-1])
+    assert choose(gpu) == OFFERED[-1] and gpu.ran == []
+    monkeypatch.setattr(tune, "ONLY", Config(32, 32, 4, 1))
+    assert choose(gpu) in OFFERED and gpu.ran, "it is none of them"
 
 
 def test_names_tell_configurations_apart():
