@@ -1,4 +1,4 @@
-"""The tables of docs/kernels.md that quote bench/results/sass.json."""
+"""The tables of docs/kernels.md that quote bench/results/sass.json, and what stands beside it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,50 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fpsc.bench.markdown import markdown
-from fpsc.kernels.triton.configs import BACKWARD, BLOCK, FP8_BACKWARD, candidates
+from fpsc.kernels.triton.configs import (
+    BACKWARD,
+    BLOCK,
+    FP8_BACKWARD,
+    HOPPER_FORWARD,
+    HOPPER_GLUON,
+    HOPPER_REORDERED,
+    candidates,
+)
 
 HOPPER = (9, 0)
 HEAD_DIMS = (64, 128)
 NAMES = {"query": "dq", "key": "dk and dv"}
+
+
+NEWER = "sass-3.8.json"
+
+
+def forward(place: Path) -> str:
+    """FP8 cells on Hopper, specialised: what a warp executes in the hot loop for 128 keys."""
+    tables = [json.loads((place.parent / name).read_text()) for name in (place.name, NEWER)]
+    rows = []
+    for dp in HEAD_DIMS:
+        own = [config for config in HOPPER_FORWARD if config.specialise]
+        for config in (*own, *HOPPER_REORDERED[dp], *HOPPER_GLUON[dp]):
+            table = tables[config.reorder]
+            row = table["kernels"][f"fp8-bf16-{dp}-{config.name}"]["90"]
+            traits = ["persistent"] * config.persistent + ["K reordered"] * config.reorder
+            rows.append(
+                [
+                    str(dp),
+                    "Gluon" if config.gluon else ", ".join(["Triton", *traits]),
+                    str(config.BN),
+                    f"{row['hot_loop']['per_128_keys']:g}",
+                    str(row.get("spill_stores", 0)),
+                    f"{row['shared'] / 1024:.0f} KB",
+                    table["triton"],
+                ]
+            )
+    head = [
+        "head dim", "kernel", "keys at a time", "instructions per 128 keys", "spills", "shared",
+        "compiled by Triton",
+    ]  # fmt: skip
+    return markdown(head, rows)
 
 
 def backward(place: Path) -> str:
@@ -47,4 +86,4 @@ def backward(place: Path) -> str:
     return markdown(head, rows)
 
 
-PARTS: dict[str, Callable[[Path], str]] = {"backward": backward}
+PARTS: dict[str, Callable[[Path], str]] = {"forward": forward, "backward": backward}

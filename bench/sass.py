@@ -4,6 +4,7 @@
     python bench/sass.py --capability 90 --only fwd  # a part of it; the other rows stay
     python bench/sass.py --check                     # fails at a broken limit or another number
     python bench/sass.py --check --limits-only       # for another Triton than the table's
+    python bench/sass.py --only reordered --json bench/results/sass-3.8.json    # by that Triton
 
 Everything is compiled ahead of time: no GPU, no driver and no torch is needed, only Triton, whose
 wheel holds the assembler and the disassembler. Numbers are those of the machine code, so they are
@@ -43,6 +44,7 @@ from bench.machine_code import TENSOR, Code, count  # noqa: E402
 from fpsc.kernels.triton.variants import CAPABILITIES, Variant  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "sass.json"
+NEWER = RESULTS.with_name("sass-3.8.json")  # what the oldest Triton does not compile
 VARIANTS = "fpsc.kernels.triton.catalogue"
 PROCESSES = 2
 HOT_LOOP_KEYS = 128

@@ -3,7 +3,7 @@
 Every case runs forward and backward many times with memory that is NaN where nothing wrote it. All
 repeats must agree in every bit: a number that moves is a race. Cases that share a compiled kernel
 stand together, and what video models use comes first. Where the Gluon kernel serves the device, it
-comes after Triton's, with every case that it takes; then Triton's with two key tiles at a time.
+comes after Triton's, with every case that it takes; then Triton's with K in another order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.gpu.problem import (
     is_fp8,
     on,
     only,
-    pairs_of_tiles,
+    reordered,
     rounded,
     same_bits,
 )
@@ -205,9 +205,9 @@ def cases(setup: Setup) -> Iterator[Case]:
             elif given.heads != ALL_INPUT and setup.serves(kernel, given.dtype, given.dim):
                 yield f"{given.name}, {kernel}", partial(check, given, setup, kernel)
     for given in CASES:
-        pairs = pairs_of_tiles(setup.device, given.dim)
-        if pairs is not None and given.heads in (ALL_FP8, SHARED):
-            yield f"{given.name}, two key tiles", partial(check, given, setup, "triton", pairs)
+        if given.heads in (ALL_FP8, SHARED):
+            for config in reordered(setup.device, given.dim):
+                yield f"{given.name}, {config.name}", partial(check, given, setup, "triton", config)
 
 
 def poison_works(setup: Setup) -> Record:

@@ -15,7 +15,7 @@ from fpsc.kernels import ops
 from fpsc.kernels.kinds import ALL_CELLS
 from fpsc.kernels.saved import padded_head_dim
 from fpsc.kernels.triton import tune
-from fpsc.kernels.triton.configs import BLOCK, Config, candidates
+from fpsc.kernels.triton.configs import Config, candidates
 from fpsc.passes.rewrite import PLAN
 from fpsc.policy import Policy
 from fpsc.policy.resolve import plan, resolve
@@ -94,12 +94,12 @@ class Op:
         return 2.0 * products * self.shape.dim * self.visited
 
 
-def pairs_of_tiles(device: torch.device, dim: int) -> Config | None:
-    """By which Triton's kernel takes two key tiles at a time, where it has such a candidate."""
+def reordered(device: torch.device, dim: int) -> tuple[Config, ...]:
+    """Candidates of Triton's kernel that copy K in another order, one tile at a time and two."""
     if device.type != "cuda":
-        return None
+        return ()
     found = candidates("fp8", tune.capability(device), padded_head_dim(dim))
-    return next((config for config in found if config.BN > BLOCK), None)
+    return tuple(config for config in found if config.reorder)
 
 
 @contextmanager

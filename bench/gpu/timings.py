@@ -27,7 +27,7 @@ from bench.gpu.contenders import (
     sdpa,
 )
 from bench.gpu.device import device_state
-from bench.gpu.problem import Op, Shape, distance, pairs_of_tiles, random_qkv, rounded
+from bench.gpu.problem import Op, Shape, distance, random_qkv, reordered, rounded
 from bench.gpu.run import Case, Record, Setup
 from bench.gpu.stopwatch import Stopwatch, ratio, summary, tflops
 from tests.thresholds import FP8_AGAINST_EXACT, gpu_threshold
@@ -105,11 +105,10 @@ def measure(
             for keep in (1.0, 0.125):
                 op = Op(shape, keep, "fp8", setup.device)
                 ours += [fpsc_(op, name, named=True) for name in ("triton", "gluon")]
-        pairs = pairs_of_tiles(setup.device, shape.dim)
-        if pairs is not None:
+        for config in reordered(setup.device, shape.dim):
             for keep in (1.0, 0.125):
                 op = Op(shape, keep, "fp8", setup.device)
-                ours.append(fpsc_(op, "triton", named=True, config=pairs))
+                ours.append(fpsc_(op, "triton", named=True, config=config))
     makers: dict[str, Callable[[], Contender]] = {
         name: partial(sdpa, name) for name in dense if name in SDPA
     }
