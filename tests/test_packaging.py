@@ -62,7 +62,8 @@ def unpack(archive: Path, to: Path) -> Path:
             wheel.extractall(to)
         return to
     with tarfile.open(archive) as sdist:
-        sdist.extractall(to, filter="data")
+        # Python 3.11 has the filter from 3.11.4 on.
+        sdist.extractall(to, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return to / archive.name.removesuffix(".tar.gz")
 
 

@@ -25,11 +25,12 @@ def demo(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Generate a clip twice from the same noise, dense and with backend="fpsattn".
+    """Generate a clip from the same noise, dense and with backend="fpsattn".
 
-    Where there are weights that were tuned jointly with a policy, that policy is used, and a third
-    clip shows what they make of it. Writes demo.gif, demo.png and demo.json into the folder. Exit
-    status: 0; 1 where no attention was replaced; 2 for input that cannot be used.
+    The policy is that of weights that were tuned jointly with it: a second clip shows what it makes
+    of the dense weights, a third what it makes of the tuned ones. Writes demo.gif, demo.png and
+    demo.json into the folder. Exit status: 0; 1 where no attention was replaced; 2 for input that
+    cannot be used.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -65,7 +66,7 @@ def demo(
         _show(result)
     if not result.replaced:
         typer.secho(
-            "no attention was replaced: both clips are dense; the report above says why",
+            "no attention was replaced: all clips are dense; the report above says why",
             fg=typer.colors.RED,
             err=True,
         )
@@ -92,5 +93,11 @@ def _show(result: "Result") -> None:
         likeness = ("", "") if name == "dense" else (f"{decibel:.1f} dB", f"{similarity:.3f}")
         table.add_row(name, *seconds, *likeness)
     console.print(table)
+    if result.tuned is not None:
+        console.print(
+            "tuned: other weights draw another clip of the same sentence, dense ones too. What the "
+            "tuning is worth over many clips: docs/joint.md",
+            style="dim",
+        )
     for path in result.files:
         console.print(str(path), markup=False, highlight=False)

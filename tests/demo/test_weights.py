@@ -9,8 +9,10 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from fpsc.demo.clips import EXAMPLE, encode_prompt, parse_prompt
-from fpsc.demo.model import GRID, load_model, shipped_weights, with_places
+from fpsc.demo.model import GRID, load_model, shipped_weights, tuned_weights, with_places
 from fpsc.demo.train import Recipe, validation_loss
+from fpsc.policy import Policy
+from fpsc.policy.load import BESIDE
 
 FOLDER = shipped_weights()
 
@@ -56,3 +58,26 @@ def test_the_prompt_matters() -> None:
             clean = model(latent, torch.tensor([999.0]), text, return_dict=False)[0]
         greenish.append((clean[:, 1] - clean[:, 0]).mean())
     assert greenish[1] > greenish[0] + 0.02
+
+
+def test_tuned_weights_lose_less_under_their_policy_than_the_others() -> None:
+    """The policy is sparse and FP8 at all noise levels, and the loss all but that of dense."""
+    folder = tuned_weights()
+    assert folder is not None
+    policy = Policy.load(folder / BESIDE)
+    modes = policy.modes.values()
+    assert all(mode.dtype == "fp8" and mode.keep <= 0.25 for mode in modes)
+    recipe, dense, tuned = Recipe(), load_model(), load_model(folder)
+    assert dense.config.keys() == tuned.config.keys()
+
+    def loss(model: torch.nn.Module) -> float:
+        return float(
+            np.mean(validation_loss(model, 2, recipe.validation_sigmas, recipe.sigma_floor))
+        )
+
+    before = loss(dense)
+    model = torch.compile(load_model(), backend="fpsattn", options={"policy": policy})
+    untrained = loss(model) / before - 1
+    model.load_state_dict({f"_orig_mod.{k}": v for k, v in tuned.state_dict().items()})
+    gap = loss(model) / before - 1
+    assert untrained > 0.03 and abs(gap) < untrained / 3

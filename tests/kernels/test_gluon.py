@@ -82,7 +82,8 @@ def problem(lists: list[list[list[int]]], seed: int = 0) -> Problem:
         k[:, :, tile, keys:] = k[:, :, tile, :1].clone()
         v[:, :, :, tile, keys:] = 0.0
     k_scale = torch.rand(B, 1, T) * 0.01 + 0.001
-    meta = torch.stack([k_scale, valid.float().expand(B, 1, T)], -1)
+    last_weights = (valid - (ROWS - 1)).float()
+    meta = torch.stack([k_scale, last_weights.expand(B, 1, T)], -1)
     return Problem(
         q, k, v.flatten(-2), torch.rand(B, 1, T) + 0.5, meta, torch.rand(B, 1, DP) + 0.5,
         torch.randn(B, 1, int(valid.sum())), lists, valid,
