@@ -117,6 +117,12 @@ class Launcher:
         return [self._example(name, fake_mode) for name in self.rewritten.inputs]
 
     def _example(self, name: str, fake_mode: FakeTensorMode) -> Tensor:
+        if name == "rows" and self._is_known(self._batch) and not isinstance(self._batch, int):
+            # Had they a size of their own, backward would not know that it is that of q.
+            assert fake_mode.shape_env is not None
+            batch = fake_mode.shape_env.create_symintnode(self._batch, hint=None)
+            with fake_mode:
+                return torch.empty((batch,), dtype=torch.int32, device=self._device)
         sizes: dict[str, tuple[list[int], list[int]]] = {  # shape, dynamic axes
             "edges": ([ROWS], []),
             "rows": ([self._batch], []) if isinstance(self._batch, int) else ([_DYNAMIC], [0]),
