@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.sass import NEWER
 from fpsc.bench.markdown import markdown
 from fpsc.kernels.triton.configs import (
     BACKWARD,
@@ -22,12 +23,9 @@ HEAD_DIMS = (64, 128)
 NAMES = {"query": "dq", "key": "dk and dv"}
 
 
-NEWER = "sass-3.8.json"
-
-
 def forward(place: Path) -> str:
     """FP8 cells on Hopper, specialised: what a warp executes in the hot loop for 128 keys."""
-    tables = [json.loads((place.parent / name).read_text()) for name in (place.name, NEWER)]
+    tables = [json.loads((place.parent / name).read_text()) for name in (place.name, NEWER.name)]
     rows = []
     for dp in HEAD_DIMS:
         own = [config for config in HOPPER_FORWARD if config.specialise]

@@ -173,8 +173,12 @@ def _triton_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+ROOMY = ((8, 0), (9, 0), (10, 0))
+"""Capabilities with shared memory for the buffers of two stages in the widest loops."""
+
+
 def _candidates(kernel: str, capability: tuple[int, int], dp: int) -> tuple[Config, ...]:
-    hopper, roomy = capability == (9, 0), capability in ((8, 0), (9, 0), (10, 0))
+    hopper, roomy = capability == (9, 0), capability in ROOMY
     if kernel in FORWARD and hopper and dp <= 128:
         reorders = kernel == "fp8" and _triton_version() >= REORDERS
         return HOPPER_FORWARD + (HOPPER_REORDERED.get(dp, ()) if reorders else ())
@@ -187,7 +191,7 @@ def _candidates(kernel: str, capability: tuple[int, int], dp: int) -> tuple[Conf
             return (Config(128, 64, 8, 2),) if roomy else (Config(64, 32, 4, 2),)
         return (Config(128, 64, 8, 2), Config(128, 32, 4, 2), Config(64, 64, 4, 2))
     if kernel in FP8_BACKWARD:
-        return _fp8_backward(kernel, capability, roomy, dp)
+        return _fp8_backward(kernel, capability, dp)
     if dp > 128:
         return (Config(64, 32, 8, 1),) if kernel == "query_gradients" else (Config(16, 64, 8, 1),)
     if kernel == "query_gradients":
@@ -201,10 +205,8 @@ def _candidates(kernel: str, capability: tuple[int, int], dp: int) -> tuple[Conf
     return (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2))
 
 
-def _fp8_backward(
-    kernel: str, capability: tuple[int, int], roomy: bool, dp: int
-) -> tuple[Config, ...]:
-    """roomy: with shared memory for the buffers of two stages."""
+def _fp8_backward(kernel: str, capability: tuple[int, int], dp: int) -> tuple[Config, ...]:
+    roomy = capability in ROOMY
     if dp > 128:
         if kernel == "query_gradients_fp8":
             return (Config(64, 32, 8, 1),)
