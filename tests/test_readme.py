@@ -25,7 +25,7 @@ def readme(checkout: Path) -> str:
 
 def test_numbers_stand_between_markers(readme: str) -> None:
     """tests/bench/test_tables.py compares what is between them with the committed JSON."""
-    marked = r"<!-- table: bench/results/\w+\.json -->\n((?:\|.*\n|\n)*)<!-- end of table -->"
+    marked = r"<!-- table: bench/results/[\w./#]+ -->\n((?:\|.*\n|\n)*)<!-- end of table -->"
     found, rest = re.findall(marked, readme), re.sub(marked, "", readme)
     assert found and all(found)
     assert not re.findall(r"^\|.*\n", rest, re.MULTILINE)

@@ -162,6 +162,28 @@ def variants_table(experiment: Experiment, *, ablation: bool) -> str:
     return markdown(HEAD, [_row(experiment, variant) for variant in chosen])
 
 
+SHORT = {
+    "variant": "weights", "keep": "keep", "to the start": "validation loss, to dense",
+    "distance": "distance to dense clips", "as prompted": "as prompted",
+}  # fmt: skip
+"""The columns that README shows, and their heads there."""
+
+
+def short_table(experiment: Experiment) -> str:
+    """What joint training wins, in as few rows and columns as say it."""
+    chosen = (DENSE, CONTROL, VARIANTS[JUDGED].untrained, JUDGED)
+    rows = (dict(zip(HEAD, _row(experiment, VARIANTS[name]), strict=True)) for name in chosen)
+    return markdown(tuple(SHORT.values()), [tuple(row[c] for c in SHORT) for row in rows])
+
+
+def marks_table(experiment: Experiment) -> str:
+    """What was promised, and whether it holds."""
+    rows = [
+        (t.name, t.expected, t.found, "yes" if t.met else "**no**") for t in targets(experiment)
+    ]
+    return markdown(("mark", "expected", "found", "met"), rows)
+
+
 def _row(experiment: Experiment, variant: Variant) -> tuple[str, ...]:
     records = experiment.of(variant.name)
     reference = variant.name == DENSE
@@ -232,6 +254,8 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "ablations": lambda folder: variants_table(Experiment.load(folder), ablation=True),
     "levels": lambda folder: levels_table(Experiment.load(folder)),
     "floor": lambda folder: floor_table(Experiment.load(folder)),
+    "short": lambda folder: short_table(Experiment.load(folder)),
+    "marks": lambda folder: marks_table(Experiment.load(folder)),
     "pictures": lambda folder: pictures_lines(Experiment.load(folder)),
     "survey": lambda folder: survey.table(folder / SURVEY),
 }

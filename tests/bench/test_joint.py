@@ -16,7 +16,14 @@ from bench import joint
 from bench.tuning import carry_out as carrying
 from bench.tuning import survey, trainer
 from bench.tuning.record import Distance, Losses, Record, RecordError, Samples, Training
-from bench.tuning.tables import Experiment, keep_of, targets, variants_table
+from bench.tuning.tables import (
+    Experiment,
+    keep_of,
+    marks_table,
+    short_table,
+    targets,
+    variants_table,
+)
 from bench.tuning.v_scale import v_scale
 from bench.tuning.variants import (
     CONSTANT,
@@ -378,6 +385,22 @@ def test_marks(joint: dict[str, float], missed: list[str]) -> None:
     found = [target.name for target in targets(experiment(**joint)) if not target.met]
     assert len(found) == len(missed)
     assert all(name.startswith(start) for name, start in zip(found, missed, strict=True))
+
+
+def test_pages_say_which_marks_are_missed() -> None:
+    *_, to_start, to_control, _, _ = marks_table(experiment(as_run=0.93)).splitlines()[2:]
+    assert to_start.endswith("| yes |")
+    assert to_control.startswith("| loss gap to dense trained on alike") and "+3.3" in to_control
+    assert to_control.endswith("| **no** |")
+
+
+def test_readme_shows_what_training_wins() -> None:
+    rows = [line.split(" | ") for line in short_table(experiment()).splitlines()[2:]]
+    assert [row[0][2:] for row in rows] == [
+        *("dense, as it ships", "dense, trained on"),
+        *("paper's order: not trained", "paper's order: trained jointly"),
+    ]
+    assert [row[2] for row in rows] == ["–", "-10.0 ± 0.0 %", "+20.0 ± 0.0 %", "-9.1 ± 0.0 %"]
 
 
 def test_nothing_run_is_nothing_met() -> None:
