@@ -57,7 +57,8 @@ def _bars(axes: Axes, experiment: Experiment) -> None:
             places, means, width * 0.92, yerr=deviations, color=colour, label=kind, capsize=2,
             error_kw={"ecolor": INK, "elinewidth": 1},
         )  # fmt: skip
-        axes.bar_label(drawn, fmt="%.1f", fontsize=8, padding=2)
+        for label in axes.bar_label(drawn, fmt="%.1f", fontsize=8, padding=2):
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     axes.axhline(100 * LARGEST_GAP, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
         f"{LARGEST_GAP:.0%}", (1, 100 * LARGEST_GAP), xycoords=("axes fraction", "data"),
@@ -66,8 +67,8 @@ def _bars(axes: Axes, experiment: Experiment) -> None:
     axes.set_xticks(range(len(GROUPS)), list(GROUPS))
     axes.set_ylabel("loss gap to dense, %")
     axes.margins(y=0.12)
-    axes.set_title("Validation loss as run, above the dense model's", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
+    axes.set_title("Validation loss as run", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
     _plain(axes)
 
 
